@@ -1,0 +1,58 @@
+"""WeightSpec: one weight of a compiled model, from its source tensors to its stored parts.
+
+The models make the specs, QuantizeWeights chooses the formats, the converter fills them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qcc.quant_schemes.scheme import WeightFormat
+
+Transform = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of the checkpoint and the shape that it must have."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the artifact: `dtype` is uint32, float32, float16 or bfloat16."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A weight `name` of shape [n, k] (or [n]), made of `sources` and stored in `format`.
+
+    The sources are concatenated along their first axis, then `transform` (numpy array -> numpy
+    array of shape `shape`, a permutation of elements) is applied where there is one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: WeightFormat
+    sources: tuple[SourceTensor, ...]
+    transform: Transform | None = None
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The tensors that the artifact holds for this weight, in parameter order."""
+        if self.format.is_float:
+            return (StoredTensor(self.name, self.shape, self.format.dtype),)
+        prefix = self.name.removesuffix("weight")
+        n, k = self.shape
+        return tuple(
+            StoredTensor(prefix + part.suffix, part.shape, part.dtype)
+            for part in self.format.stored(n, k)
+        )

@@ -1,0 +1,27 @@
+"""qcc.runtime: what happens at inference. Imports no compiler and no torch.
+
+In the order in which data passes:
+  errors.py     QccError, the one-line error of a user's mistake
+  artifact.py   the folder that a compile writes: the only contract between compiler and runtime
+  engine/       load the library and the weights, schedule, run, sample, detokenize
+  chat.py       conversations: the template, the history
+  bench/        benchmarks and their RESULTS.md
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from qcc.runtime.errors import QccError
+
+if TYPE_CHECKING:
+    from qcc.runtime.engine.llm import LLM, SamplingParams
+
+__all__ = ["LLM", "QccError", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the engine only when it is asked for: the compiler needs just errors and artifact."""
+    if name in ("LLM", "SamplingParams"):
+        from qcc.runtime.engine import llm
+
+        return getattr(llm, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
