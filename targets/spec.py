@@ -1,0 +1,87 @@
+"""TargetSpec: all that the compiler asks of a device. A target's module defines one: TARGET."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """What a paged KV cache and its attention kernels are made for.
+
+    `inv_freq` holds rotary_dim / 2 angular frequencies (radians a position) after the scaling of
+    the rope type; cos and sin are multiplied by `rope_attention_factor`. Dimensions from
+    `rotary_dim` on pass through unrotated. Pairs are (i, i + rotary_dim / 2). `max_positions` bounds
+    every position. A `sliding_window_size` of -1 means full attention.
+    """
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rotary_dim: int
+    inv_freq: tuple[float, ...]
+    rope_attention_factor: float
+    max_positions: int
+    sliding_window_size: int
+    attention_sink_size: int
+    prefill_chunk_size: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class KVKernels:
+    """The PrimFuncs that TVM's paged KV cache calls, in the arguments' order of its constructor.
+
+    `rope_table` is a PrimFunc (inv_freq f32[r/2], table f32[max_positions, r]) -> fills the cosines
+    and sines; the cache hands its result to `split_rotary`. None: `split_rotary` only splits and
+    the attention kernels rotate (the cache's inline rope, which a sliding window needs).
+    """
+
+    transpose_append: Any
+    prefill_ragged: Any
+    prefill: Any
+    decode: Any
+    prefill_sliding: Any
+    decode_sliding: Any
+    tree_prefill_paged: Any
+    tree_prefill: Any
+    merge_state: Any
+    split_rotary: Any
+    copy_single_page: Any
+    debug_get_kv: Any
+    compact_copy: Any
+    rope_table: Any | None
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `qcc compile` says of the device: processor, triple, optimization level."""
+
+    mcpu: str = "native"
+    triple: str | None = None
+    opt: int = 2
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """A device as the compiler sees it; capabilities are fields, nobody asks for the name.
+
+    `resolve(options)` returns the tvm.target.Target and the library's suffix (`<target>[-<arch>]`);
+    `passes(phase, target, opt)` the target's own passes of a phase of the pipeline;
+    `kv_kernels(config, target)` the attention kernels; `export(executable, path, options)` writes
+    the library.
+    """
+
+    name: str
+    description: str
+    compute_dtype: str | None  # what the graph computes in; None: the scheme's dtype
+    default_prefill_chunk: int
+    library_extension: str
+    resolve: Callable[[BuildOptions], tuple[Any, str]]
+    passes: Callable[[str, Any, int], Sequence[Any]]
+    kv_kernels: Callable[[KVCacheConfig, Any], KVKernels]
+    export: Callable[[Any, Path, BuildOptions], None]
