@@ -1,0 +1,113 @@
+"""Give a module the function that makes its KV cache; the kernels come from the target.
+
+Before: IRModule with any functions.
+After: the same and
+    @R.function
+    def create_tir_paged_kv_cache(max_batch_size: R.Shape([b]), ..., support_sliding_window: ...):
+        table = R.call_tir(rope_table, (inv_freq,), ...)                 # unless the kernels rotate
+        return R.call_packed("vm.builtin.paged_attention_kv_cache_create", ..., table, kernels...)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, tirx
+
+from qcc.targets.spec import KVCacheConfig, KVKernels
+
+FUNCTION = "create_tir_paged_kv_cache"
+PARAMETERS = (
+    "max_batch_size",
+    "max_total_seq_len",
+    "prefill_chunk_size",
+    "page_size",
+    "support_sliding_window",
+)
+_MHA = 0  # kind of every layer
+_ROPE_NONE, _ROPE_NORMAL, _ROPE_INLINE = 0, 1, 2
+
+
+@tvm.transform.module_pass(opt_level=0, name="AttachKVCache")
+class AttachKVCache:
+    """Add `create_tir_paged_kv_cache`, each argument a 1-element shape; page_size must be 16.
+
+    With config.sliding_window_size > 0 every cache supports sliding windows, whatever the last
+    argument says; without, a cache asked to support them is refused by the runtime.
+    """
+
+    def __init__(self, config: KVCacheConfig, kernels: KVKernels) -> None:
+        self.config, self.kernels = config, kernels
+
+    def transform_module(self, mod: tvm.IRModule, ctx: Any) -> tvm.IRModule:
+        bb = relax.BlockBuilder(mod)
+        sizes = [tirx.Var(name, "int64") for name in PARAMETERS]
+        params = [
+            relax.Var(name, relax.ShapeType([size]))
+            for name, size in zip(PARAMETERS, sizes, strict=True)
+        ]
+        with bb.function(FUNCTION, params):
+            cache = bb.emit(
+                relax.call_pure_packed(
+                    "vm.builtin.paged_attention_kv_cache_create",
+                    *self._arguments(bb, sizes),
+                    ty_args=relax.AnyType(),
+                )
+            )
+            bb.emit_func_output(cache)
+        return bb.get()
+
+    def _arguments(self, bb: Any, sizes: list[Any]) -> list[Any]:
+        """The arguments of PagedAttentionKVCache's constructor, in its order."""
+        c, k = self.config, self.kernels
+        sliding = c.sliding_window_size > 0
+        if sliding:
+            sizes = [*sizes[:-1], tirx.IntImm("int64", 1)]
+        mode = _ROPE_INLINE if sliding else _ROPE_NORMAL if k.rope_table else _ROPE_NONE
+
+        def func(name: str) -> Any:
+            return bb.add_func(getattr(k, name), f"kv_cache_{name}")
+
+        def attention(name: str) -> Any:
+            return relax.Tuple([tvm.ir.StringImm("tirx"), func(name)])
+
+        return [
+            relax.ShapeExpr(sizes),
+            relax.ShapeExpr([0, c.num_hidden_layers]),  # layers of the only pipeline stage
+            relax.prim_value(c.num_attention_heads),
+            relax.prim_value(c.num_key_value_heads),
+            relax.prim_value(c.head_dim),  # of q and k
+            relax.prim_value(c.head_dim),  # of v
+            relax.ShapeExpr([_MHA] * c.num_hidden_layers),
+            relax.prim_value(False),  # no transfer to other machines
+            relax.prim_value(mode),
+            relax.prim_value(1.0),  # rope scale and theta: our kernels have their own frequencies
+            relax.prim_value(10000.0),
+            self._rope_table(bb) if k.rope_table else relax.prim_value(0),
+            bb.emit(relax.op.zeros((), c.dtype)),  # tells dtype and device
+            func("transpose_append"),
+            relax.prim_value(0),  # no multi-head latent attention
+            attention("prefill_ragged"),
+            attention("prefill"),
+            attention("decode"),
+            attention("prefill_sliding"),
+            attention("decode_sliding"),
+            attention("tree_prefill_paged"),
+            attention("tree_prefill"),
+            relax.Tuple([]),  # nor its prefill
+            relax.Tuple([func("merge_state")]),
+            func("split_rotary"),
+            func("copy_single_page"),
+            func("debug_get_kv"),
+            func("compact_copy"),
+        ]
+
+    def _rope_table(self, bb: Any) -> Any:
+        """[max_positions, rotary_dim], filled once a cache."""
+        c = self.config
+        inv_freq = relax.const(np.array(c.inv_freq, "float32"), "float32")
+        table = relax.TensorType((c.max_positions, c.rotary_dim), "float32")
+        rope_table = bb.add_func(self.kernels.rope_table, "kv_cache_rope_table")
+        return bb.emit(relax.call_tir(rope_table, (inv_freq,), out_ty=table))

@@ -1,0 +1,52 @@
+"""The frame of a hand-written CPU kernel: a scheduled, opaque s_tir PrimFunc from Python that emits TIR."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+# 8 is the opaque pattern: fusion leaves the function alone.
+_ATTRS = {"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8}
+
+
+class Build:
+    """What `kernel` hands out: `body()` opens the body, `result()` is the PrimFunc afterwards."""
+
+    def __init__(self, ib: Any) -> None:
+        self._ib = ib
+
+    @contextmanager
+    def body(self) -> Iterator[None]:
+        """The root block. Its reads and writes are empty: no pass looks inside an opaque kernel."""
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            yield
+
+    def result(self) -> Any:
+        return self._ib.get()
+
+
+@contextmanager
+def kernel(name: str) -> Iterator[Build]:
+    """Build a private PrimFunc: declare the arguments in order, then its body."""
+    with IRBuilder() as ib:
+        with T.prim_func(is_private=True, s_tir=True):
+            T.func_name(name)
+            T.func_attr(_ATTRS)
+            yield Build(ib)
+
+
+def tensor(name: str, shape: Sequence[Any], dtype: str) -> Any:
+    """A compact array argument."""
+    return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
+
+
+def aux_buffer(name: str, shape: Sequence[Any]) -> Any:
+    """An int32 argument that may be a view into a larger array, as the cache's index arrays are."""
+    offset = T.int32()
+    return T.match_buffer(T.arg(name, T.handle()), shape, "int32", elem_offset=offset)

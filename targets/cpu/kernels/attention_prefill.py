@@ -1,0 +1,383 @@
+"""Blocked attention of many queries: against the chunk itself (ragged) or against cached pages.
+
+A row is one (token, head of the group) of a kv head. A task takes `tile.rows` rows: lanes hold rows,
+so that maxima and sums over keys need no shuffles. For each tile of keys
+    S = K Q^T (key_block keys x all rows in registers), P = exp2(S - max), O = O * scale + P V.
+Tasks run in parallel over (kv head, sequence, row tile).
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from tvm.tirx.script import builder as T
+
+from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels.attention import MASKED, NO_KEY, PAGE, PagedKeys, Tile, emit_pv
+from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, tensor
+from qcc.targets.cpu.kernels.rope import Rotation
+from qcc.targets.spec import KVCacheConfig
+
+Mask = Literal["plain", "sliding", "tree"]
+
+
+def prefill_kernel(config: KVCacheConfig, tile: Tile, paged: bool, mask: Mask) -> Any:
+    """The PrimFunc of one slot of the cache; plain is causal when ragged, else every cached key."""
+    return _Prefill(config, tile, paged, mask).build()
+
+
+class _RaggedKeys:
+    """k, v [n, kv_heads, d] of the chunk itself, sequence b at kv_indptr[b] : kv_indptr[b + 1]."""
+
+    v_shift = 0
+
+    def __init__(self, config: KVCacheConfig, batch: Any) -> None:
+        self.config, self.batch = config, batch
+
+    def declare(self) -> None:
+        c = self.config
+        self.total = T.int32()
+        shape = (self.total, c.num_key_value_heads, c.head_dim)
+        self.arrays = [tensor("k", shape, c.dtype), tensor("v", shape, c.dtype)]
+        self.indptr = aux_buffer("kv_indptr", (self.batch + 1,))
+
+    def enter(self) -> None:
+        size = self.total * (self.config.num_key_value_heads * self.config.head_dim)
+        self.k, self.v = (vx.flat(a, size) for a in self.arrays)
+
+    def select(self, b: Any, head: Any) -> Any:
+        self.begin, self.head = T.bind(self.indptr[b]), head
+        return T.bind(self.indptr[b + 1] - self.begin)
+
+    def offset(self, key: Any) -> Any:
+        c = self.config
+        row = vx.cast(self.begin + key, "int64", 1) * c.num_key_value_heads + self.head
+        return row * c.head_dim
+
+
+class _Prefill:
+    def __init__(self, config: KVCacheConfig, tile: Tile, paged: bool, mask: Mask) -> None:
+        self.config, self.tile, self.paged, self.mask = config, tile, paged, mask
+        self.group = config.num_attention_heads // config.num_key_value_heads
+        self.sliding = mask == "sliding"
+        self.rotation = Rotation(config, tile.lanes) if self.sliding else None
+
+    def build(self) -> Any:
+        with kernel(f"{'paged' if self.paged else 'ragged'}_prefill_{self.mask}") as build:
+            self._declare()
+            with build.body():
+                self._tasks()
+        return build.result()
+
+    def _declare(self) -> None:
+        c = self.config
+        # The batch's size is known by its index arrays: a tree kernel gets no array of length batch.
+        total, bounds = T.int32(), T.int32()
+        self.total, self.batch = total, bounds - 1
+        self.keys = (PagedKeys(c, self.batch, self.sliding) if self.paged
+                     else _RaggedKeys(c, self.batch))  # fmt: skip
+        rows = (total, c.num_attention_heads, c.head_dim)
+        self.q = tensor("q", rows, c.dtype)
+        self.q_indptr = aux_buffer("q_indptr", (bounds,))
+        self.keys.declare()
+        self.k_position = self.keys.k_position if self.paged else None
+        self.q_position = aux_buffer("q_rope_position", (total,))
+        if not self.paged and self.mask != "tree":
+            self.k_position = aux_buffer("k_rope_pos_offset", (self.batch,))
+        if not self.paged and self.mask == "tree":
+            self._declare_tree()
+        self.out = tensor("output", rows, c.dtype)
+        self.lse = tensor("lse", rows[:2], "float32")
+        if self.mask != "tree":
+            T.arg("causal", T.int32())
+        T.arg("rotary_mode", T.int32())
+        T.arg("rope_scale", T.float32())
+        T.arg("rope_theta", T.float32())
+        self.sm_scale = T.arg("sm_scale", T.float32())
+        if self.paged and self.mask == "tree":
+            self._declare_tree()
+
+    def _declare_tree(self) -> None:
+        """Node i of sequence b's tree covers the preorder range tree_order[tree_indptr[b] + i]."""
+        count, nodes = T.int32(), T.int32()
+        self.tree_indptr = aux_buffer("tree_indptr", (count,))
+        self.tree_order = aux_buffer("tree_order", (nodes, 2))
+
+    def _tasks(self) -> None:
+        """Find each task's sequence and row tile; sequences have ragged numbers of tiles."""
+        c, rows = self.config, self.tile.rows
+        size = self.total * (c.num_attention_heads * c.head_dim)
+        self.q_flat, self.out_flat = vx.flat(self.q, size), vx.flat(self.out, size)
+        self.lse_flat = vx.flat(self.lse, self.total * c.num_attention_heads)
+        self.keys.enter()
+        self.scale = T.bind(self.sm_scale * vx.splat(vx.LOG2_E, 1))
+        tiles = T.bind((self.total * self.group + rows - 1) // rows + self.batch)
+        with T.parallel(0, tiles * c.num_key_value_heads) as task:
+            found = vx.Reg(1, -1, "int32")
+            rest = vx.Reg(1, task % tiles, "int32")
+            count = vx.Reg(1, 0, "int32")
+            with T.serial(0, self.batch) as b:
+                with when(found.get() < 0):
+                    tokens = self.q_indptr[b + 1] - self.q_indptr[b]
+                    count.set((tokens * self.group + rows - 1) // rows)
+                    with T.If(rest.get() < count.get()):
+                        with T.Then():
+                            found.set(b)
+                        with T.Else():
+                            rest.set(rest.get() - count.get())
+            with when(found.get() >= 0):
+                # Late causal tiles are long: alternating from both ends balances the threads.
+                turn = T.bind(rest.get())
+                half = T.shift_right(turn, 1)
+                last = count.get() - 1 - half
+                row_tile = T.bind(T.Select(T.bitwise_and(turn, 1) == 0, half, last))
+                self._row_tile(T.bind(found.get()), T.bind(task // tiles), row_tile)
+
+    def _row_tile(self, b: Any, head: Any, row_tile: Any) -> None:
+        c, tile, group = self.config, self.tile, self.group
+        dim, width = c.head_dim, tile.rows
+        self.b = b
+        self.q0 = T.bind(self.q_indptr[b])
+        self.tokens = T.bind(self.q_indptr[b + 1] - self.q0)
+        self.row0 = T.bind(row_tile * width)
+        self.last_row = T.bind(self.tokens * group - 1)
+        self.rows = T.bind(T.min(width, self.last_row + 1 - self.row0))
+        self.head = head
+        self.kv_len = self.keys.select(b, head)
+        self.k_base = T.bind(self.k_position[b]) if self.sliding else 0
+        # Scratch: queries [d, rows], scores [keys, rows], outputs [rows, d].
+        self.queries = T.alloc_buffer((dim * width,), "float32")
+        self.scores = T.alloc_buffer((tile.keys * width,), "float32")
+        self.sums = T.alloc_buffer((width * dim,), "float32")
+        self.offsets = T.alloc_buffer((tile.keys,), "int64")
+        self.top = T.alloc_buffer((width,), "float32")
+        self.mass = T.alloc_buffer((width,), "float32")
+        self.decay = T.alloc_buffer((width,), "float32")
+        self.row_info = T.alloc_buffer((width,), "int32")
+        if self.sliding:
+            self.rotated = T.alloc_buffer((tile.keys * dim,), "float32")
+            self.row = T.alloc_buffer((dim,), "float32")
+        if self.mask == "tree":
+            self.bounds = [T.alloc_buffer((tile.keys,), "int32") for _ in range(2)]
+            self.tree0 = T.bind(self.tree_indptr[b])
+            self.nodes = T.bind(self.tree_indptr[b + 1] - self.tree0)
+        for v in range(0, width, tile.lanes):
+            vx.store(self.top, v, vx.splat(NO_KEY, tile.lanes), tile.lanes)
+            vx.store(self.mass, v, vx.splat(0.0, tile.lanes), tile.lanes)
+        with T.serial(0, width * dim // tile.dim_lanes) as i:
+            zero = vx.splat(0.0, tile.dim_lanes)
+            vx.store(self.sums, i * tile.dim_lanes, zero, tile.dim_lanes)
+        self._phases()
+        self._finish()
+
+    def _phases(self) -> None:
+        """Go over the keys: once, or first the attention sinks and then the window."""
+        last_token = T.bind((self.row0 + self.rows - 1) // self.group)
+        end = self.kv_len
+        if not self.paged and self.mask != "tree":
+            end = T.bind(T.min(end, last_token + 1))
+        if not self.sliding:
+            self._load_queries(None)
+            self._key_tiles(0, end)
+            return
+        window, sinks = self.config.sliding_window_size, self.config.attention_sink_size
+        sink_end = T.bind(T.min(T.max(sinks - self.k_base, 0), end))
+        first = self.q_position[self.q0 + T.floordiv(self.row0, self.group)]
+        oldest = first - (window - sinks) + 1 - self.k_base
+        # Sinks see the query where StreamingLLM puts it: at most at the end of a full window.
+        with T.serial(0 if sinks else 1, 2) as phase:
+            in_window = T.bind(phase == 1)
+            self.in_window = in_window
+            begin = T.bind(T.Select(in_window, T.max(sink_end, oldest), 0))
+            stop = T.bind(T.Select(in_window, end, sink_end))
+            with when(begin < stop):
+                self._load_queries(T.Select(in_window, 1 << 30, window - 1))
+                self._key_tiles(begin, stop)
+
+    def _load_queries(self, position_limit: Any) -> None:
+        """Scaled queries, transposed; rows past the last repeat it. Also each row's mask value."""
+        c, tile = self.config, self.tile
+        with T.serial(0, tile.rows) as r:
+            row = T.bind(T.min(self.row0 + r, self.last_row))
+            token = T.bind(row // self.group)
+            where = (self.q0 + token) * c.num_attention_heads + self.head * self.group
+            base = T.bind((where + row % self.group) * c.head_dim)
+            self._row_mask(r, token)
+            source, start = self.q_flat, base
+            if self.rotation:
+                position = T.bind(T.min(self.q_position[self.q0 + token], position_limit))
+                self.rotation.query(
+                    lambda d, lanes: vx.load(self.q_flat, base + d, lanes),
+                    position,
+                    lambda d, value, lanes: vx.store(self.row, d, value, lanes),
+                )
+                source, start = self.row, 0
+            with T.serial(0, c.head_dim) as d:
+                value = vx.load(source, start + d, 1) * self.scale
+                vx.store(self.queries, d * tile.rows + r, value, 1)
+
+    def _row_mask(self, r: Any, token: Any) -> None:
+        """plain: one past the last key; sliding: the first key of the window; tree: preorder."""
+        if self.mask == "tree":
+            node = self.tree0 + T.max(token + self.nodes - self.tokens, 0)
+            value = T.if_then_else(self.nodes > 0, self.tree_order[node, 0], 0)
+        elif self.sliding:
+            reach = self.config.sliding_window_size - self.config.attention_sink_size
+            oldest = self.q_position[self.q0 + token] - reach + 1 - self.k_base
+            # Ragged rows also need their own place, one past their last key: kept apart.
+            value = oldest
+        else:
+            value = self.kv_len if self.paged else token + 1
+        vx.store(self.row_info, r, value, 1)
+
+    def _valid(self, key: Any, place: Any, v: int) -> Any:
+        """Which rows of vector v see a key; `place` is its place in the tile."""
+        lanes = self.tile.lanes
+        info = vx.load(self.row_info, v * lanes, lanes)
+        wide = vx.splat(key, lanes)
+        if self.mask == "tree":
+            low, high = (vx.splat(vx.load(b, place, 1), lanes) for b in self.bounds)
+            seen = T.bitwise_and(info >= low, info < high)
+            return T.bitwise_and(seen, wide < vx.splat(self.kv_len, lanes))
+        if not self.sliding:
+            return wide < info
+        # Of the sinks every row sees all; of the window, from its oldest key on.
+        old = T.Select(self.in_window, key, 1 << 30)
+        seen = vx.splat(old, lanes) >= info
+        if self.paged:
+            return T.bitwise_and(seen, wide < vx.splat(self.stop, lanes))
+        # In the chunk a row is where its window starts, plus the window's length.
+        reach = self.config.sliding_window_size - self.config.attention_sink_size
+        return T.bitwise_and(seen, wide < info + vx.splat(reach, lanes))
+
+    def _key_tiles(self, begin: Any, stop: Any) -> None:
+        tile = self.tile
+        self.stop = stop
+        with T.serial(0, (stop - begin + tile.keys - 1) // tile.keys) as t:
+            first = T.bind(begin + t * tile.keys)
+            count = T.bind(T.min(tile.keys, stop - first))
+            with T.serial(0, (count + PAGE - 1) // PAGE * PAGE) as j:
+                key = T.bind(T.min(first + j, stop - 1))
+                vx.store(self.offsets, j, self.keys.offset(key), 1)
+                if self.mask == "tree":
+                    self._tree_bounds(j, key)
+            if self.rotation:
+                self._rotate_keys(first, count)
+            self._score(first, count)
+            self._softmax((count + tile.key_block - 1) // tile.key_block * tile.key_block)
+            emit_pv(
+                tile,
+                self.rows,
+                tile.rows_at_once(tile.rows),
+                self.sums,
+                lambda row: vx.load(self.decay, row, 1),
+                lambda key, row: vx.load(self.scores, key * tile.rows + row, 1),
+                count,
+                lambda key: (self.keys.v, vx.load(self.offsets, key, 1) + self.keys.v_shift),
+            )
+
+    def _tree_bounds(self, j: Any, key: Any) -> None:
+        """Keys before the tree are seen by all of its nodes."""
+        node = T.bind(key - (self.kv_len - self.nodes))
+        at = T.max(node, 0) + self.tree0
+        low = T.if_then_else(node < 0, -(1 << 30), self.tree_order[at, 0])
+        high = T.if_then_else(node < 0, 1 << 30, self.tree_order[at, 1])
+        vx.store(self.bounds[0], j, low, 1)
+        vx.store(self.bounds[1], j, high, 1)
+
+    def _rotate_keys(self, first: Any, count: Any) -> None:
+        dim = self.config.head_dim
+        with T.serial(0, (count + PAGE - 1) // PAGE) as g:
+            at = [T.bind(vx.load(self.offsets, g * PAGE + k, 1)) for k in range(PAGE)]
+            self.rotation.keys(
+                PAGE,
+                T.bind(self.k_base + first + g * PAGE),
+                lambda k, d, lanes: vx.load(self.keys.k, at[k] + d, lanes),
+                lambda k, d, value, lanes: vx.store(
+                    self.rotated, (g * PAGE + k) * dim + d, value, lanes
+                ),
+            )
+
+    def _score(self, first: Any, count: Any) -> None:
+        """scores[key, row] = K[key] . Q[row], masked."""
+        tile, lanes, dim = self.tile, self.tile.lanes, self.config.head_dim
+        with T.serial(0, (count + tile.key_block - 1) // tile.key_block) as block:
+            place0 = T.bind(block * tile.key_block)
+            if self.rotation:
+                source = self.rotated
+                at = [T.bind((place0 + k) * dim) for k in range(tile.key_block)]
+            else:
+                source = self.keys.k
+                at = [T.bind(vx.load(self.offsets, place0 + k, 1)) for k in range(tile.key_block)]
+            cells = [(k, v) for k in range(tile.key_block) for v in range(tile.row_vectors)]
+            sums = {cell: vx.Reg(lanes, vx.splat(0.0, lanes)) for cell in cells}
+            with T.serial(0, dim) as d:
+                queries = [
+                    T.bind(vx.load(self.queries, d * tile.rows + v * lanes, lanes))
+                    for v in range(tile.row_vectors)
+                ]
+                for k in range(tile.key_block):
+                    value = T.bind(vx.splat(vx.load(source, at[k] + d, 1), lanes))
+                    for v, query in enumerate(queries):
+                        sums[k, v].set(vx.fma(value, query, sums[k, v].get(), lanes))
+            for k, v in cells:
+                place = place0 + k
+                score = T.Select(
+                    self._valid(first + place, place, v),
+                    sums[k, v].get(),
+                    vx.splat(MASKED, lanes),
+                )
+                vx.store(self.scores, place * tile.rows + v * lanes, score, lanes)
+
+    def _softmax(self, count: Any) -> None:
+        """Scores become weights relative to the new maximum; decay is what the old sums keep."""
+        tile, lanes = self.tile, self.tile.lanes
+        for v in range(0, tile.rows, lanes):
+            old = T.bind(vx.load(self.top, v, lanes))
+            top = vx.Reg(lanes, old)
+            with T.serial(0, count) as key:
+                top.set(T.max(top.get(), vx.load(self.scores, key * tile.rows + v, lanes)))
+            new = T.bind(top.get())
+            decay = vx.exp2(old - new, lanes)
+            mass = vx.Reg(lanes, vx.load(self.mass, v, lanes) * decay)
+            with T.serial(0, count) as key:
+                weight = vx.exp2(vx.load(self.scores, key * tile.rows + v, lanes) - new, lanes)
+                mass.set(mass.get() + weight)
+                vx.store(self.scores, key * tile.rows + v, weight, lanes)
+            vx.store(self.top, v, new, lanes)
+            vx.store(self.mass, v, mass.get(), lanes)
+            vx.store(self.decay, v, decay, lanes)
+
+    def _finish(self) -> None:
+        """Divide by the weights' sums; write outputs and log-sum-exps of the rows that exist."""
+        c, tile = self.config, self.tile
+        for v in range(0, tile.rows, tile.lanes):
+            emit_normalizer(self.top, self.mass, self.decay, v, tile.lanes)
+        with T.serial(0, self.rows) as r:
+            row = T.bind(self.row0 + r)
+            where = (self.q0 + row // self.group) * c.num_attention_heads + self.head * self.group
+            at = T.bind(where + row % self.group)
+            vx.store(self.lse_flat, at, vx.load(self.top, r, 1), 1)
+            inverse = T.bind(vx.splat(vx.load(self.decay, r, 1), tile.dim_lanes))
+            for d in range(0, c.head_dim, tile.dim_lanes):
+                value = vx.load(self.sums, r * c.head_dim + d, tile.dim_lanes) * inverse
+                vx.store(self.out_flat, at * c.head_dim + d, value, tile.dim_lanes)
+
+
+def emit_normalizer(top: Any, mass: Any, inverse: Any, at: Any, lanes: int) -> None:
+    """inverse = 1 / mass and top = log-sum-exp; 0 and NO_KEY where no key was seen."""
+    total = T.bind(vx.load(mass, at, lanes))
+    seen = total > vx.splat(0.0, lanes)  # not bound: TVM's simplifier trips over bound bool vectors
+    safe = T.bind(T.Select(seen, total, vx.splat(1.0, lanes)))
+    lse = vx.load(top, at, lanes) + vx.log2(safe, lanes)
+    one, zero, none = (vx.splat(x, lanes) for x in (1.0, 0.0, NO_KEY))
+    vx.store(inverse, at, T.Select(seen, one / safe, zero), lanes)
+    vx.store(top, at, T.Select(seen, lse, none), lanes)
+
+
+@contextmanager
+def when(condition: Any) -> Any:
+    with T.If(condition):
+        with T.Then():
+            yield

@@ -1,0 +1,62 @@
+"""The CPU's kernels for TVM's paged KV cache: our own where time goes, the wheel's for rare copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.relax.frontend.nn.llm import kv_cache as wheel
+
+from qcc.targets.cpu.kernels import rope
+from qcc.targets.cpu.kernels.attention import PAGE, Tile
+from qcc.targets.cpu.kernels.attention_decode import decode_kernel, merge_state, transpose_append
+from qcc.targets.cpu.kernels.attention_prefill import prefill_kernel
+from qcc.targets.cpu.kernels.attention_vector import Registers
+from qcc.targets.spec import KVCacheConfig, KVKernels
+
+
+def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
+    """Build the PrimFuncs of a cache for an llvm target; pages hold 16 tokens."""
+    _check(config)
+    tile = Tile(Registers.of(target), config.head_dim)
+    sliding = config.sliding_window_size > 0
+    rotated = config.rotary_dim > 0 and not sliding
+    mask = "sliding" if sliding else "plain"
+    ragged = prefill_kernel(config, tile, paged=False, mask=mask)
+    paged = prefill_kernel(config, tile, paged=True, mask=mask)
+    decode = decode_kernel(config, tile, sliding)
+    shape = (config.num_key_value_heads, config.head_dim, config.dtype)
+    return KVKernels(
+        transpose_append=transpose_append(config, tile),
+        prefill_ragged=ragged,
+        prefill=paged,
+        decode=decode,
+        # A cache has one kind of layer: the slots of the other kind are never called.
+        prefill_sliding=paged,
+        decode_sliding=decode,
+        tree_prefill_paged=prefill_kernel(config, tile, paged=True, mask="tree"),
+        tree_prefill=prefill_kernel(config, tile, paged=False, mask="tree"),
+        merge_state=merge_state(config, tile),
+        split_rotary=rope.split_rotary(config, tile.lanes, with_table=rotated),
+        copy_single_page=_private(wheel._copy_single_page_cpu(shape[0], PAGE, *shape[1:])),
+        debug_get_kv=_private(wheel._kv_cache_debug_get_kv(config.num_hidden_layers, *shape)),
+        compact_copy=_private(wheel._compact_kv_copy_cpu(*shape, PAGE)),
+        rope_table=rope.rope_table(config, tile.lanes) if rotated else None,
+    )
+
+
+def _check(config: KVCacheConfig) -> None:
+    """The compiler passes checked models only: violations are our own bugs."""
+    assert config.num_attention_heads % config.num_key_value_heads == 0, config
+    assert config.head_dim % 4 == 0, config
+    assert 2 * len(config.inv_freq) == config.rotary_dim <= config.head_dim, config
+    if config.sliding_window_size > 0:
+        assert 0 <= config.attention_sink_size < config.sliding_window_size, config
+        # Positions in the cache must fit the exact products of `rope.Rotation`.
+        assert config.sliding_window_size + config.prefill_chunk_size <= 1 << 16, config
+
+
+def _private(func: Any) -> Any:
+    """The wheel's kernels have no schedule to wait for, and a symbol would clash."""
+    return func.without_attr("global_symbol").with_attrs(
+        {"tirx.is_scheduled": True, "op_pattern": 8}
+    )
