@@ -22,21 +22,17 @@ CPU_FEATURES = (
 )
 # Optional packages: what they are for, and the extra of qcc that brings them.
 OPTIONAL = {
-    "torch": ("quantization methods with calibration, pickled checkpoints", "torch"),
-    "transformers": ("the tests only", "test"),
-    "huggingface_hub": ("downloading a model by its hub id", "hub"),
+    "torch": ("calibrated quantization methods, pickled checkpoints", "torch"),
+    "transformers": ("tests only", "test"),
+    "huggingface_hub": ("downloading models by hub id", "hub"),
 }
 # A tool: the commands of which one suffices, what it is for, the Debian package that brings it.
 TOOLS: dict[str, tuple[tuple[str, ...], str, str]] = {
-    "C++ compiler": (
-        ("g++", "gcc", "clang++", "clang", "c++", "cc"),
-        "linking libraries for this machine",
-        "g++",
-    ),
-    "aarch64 cross compiler": (
-        ("aarch64-linux-gnu-g++", "aarch64-linux-gnu-gcc"),
-        "linking libraries for ARM machines (--triple aarch64-linux-gnu)",
-        "g++-aarch64-linux-gnu",
+    "linker": (("cc", "gcc", "clang"), "libraries for this machine", "gcc"),
+    "aarch64 cross linker": (
+        ("aarch64-linux-gnu-gcc",),
+        "libraries for ARM machines",
+        "gcc-aarch64-linux-gnu",
     ),
 }
 
@@ -59,7 +55,7 @@ def packages() -> list[dict[str, Any]]:
         have = installed(name)
         rows.append(
             {"name": name, "installed": have, "needs": need, "ok": satisfies(have, need)}
-            | {"for": "qcc itself", "get": f"pip install '{name}{need}'"}
+            | {"for": "required", "get": f"pip install '{name}{need}'"}
         )
     for name, (purpose, extra) in OPTIONAL.items():
         rows.append(
@@ -149,7 +145,7 @@ def tools() -> list[dict[str, Any]]:
 
 def missing_linker(triple: str | None) -> str:
     """What to install before a library for `triple` (None: this machine) links; empty: nothing."""
-    name = "C++ compiler" if triple is None else f"{triple.split('-')[0]} cross compiler"
+    name = "linker" if triple is None else f"{triple.split('-')[0]} cross linker"
     for row in tools():
         if row["name"] == name and row["path"] is None:
             return f"no {name}; get it: {row['get']}"

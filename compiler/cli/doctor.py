@@ -117,14 +117,14 @@ def try_target(name: str, triple: str | None) -> tuple[bool, bool, str]:
     with builder.function("main", [x]):
         builder.emit_func_output(builder.emit(relax.op.add(x, x)))
     with tempfile.TemporaryDirectory(prefix="qcc-doctor-") as folder:
-        library = Path(folder) / f"{suffix}{spec.library_extension}"
+        library = Path(folder) / f"{suffix}.{spec.library_extension}"
         with target:
             spec.export(relax.build(builder.get(), target), library, options)
         if triple is not None:
             return True, False, "cross-compiled: copy the artifact there and run it"
-        device = tvm.device(target.kind.name)
+        device = tvm.device(target.get_target_device_type(), 0)
         if not device.exist:
-            return True, False, f"no {target.kind.name} device"
+            return True, False, f"no {device} device"
         machine = relax.VirtualMachine(tvm.runtime.load_module(str(library)), device)
         data = np.arange(4, dtype="float32")
         doubled = machine["main"](tvm.runtime.tensor(data, device)).numpy()
@@ -136,33 +136,37 @@ def try_target(name: str, triple: str | None) -> tuple[bool, bool, str]:
 def show(report: dict[str, Any]) -> None:
     """Print the report for a person."""
     python, cpu, memory, storage = (report[k] for k in ("python", "cpu", "memory", "storage"))
-    print(f"Python    {python['version']} ({python['executable']}), {report['system']}")
+    gib = 2.0**30
+    _line("Python", f"{python['version']} ({python['executable']}), {report['system']}")
     for row in report["packages"]:
-        mark = "ok" if row["ok"] and row["installed"] else "--" if row["ok"] else "BAD"
+        mark = "BAD" if not row["ok"] else "ok" if row["installed"] else "-"
         have = row["installed"] or "not installed"
-        line = f"  {mark:<4}{row['name']:<18}{have:<16}{row['needs']:<18}{row['for']}"
-        print(line if mark == "ok" else f"{line}; get it: {row['get']}")
+        text = f"{row['name']:<18}{have:<16}{row['needs']:<16}{row['for']}"
+        _line(f"  {mark}", text if mark == "ok" else f"{text}; get it: {row['get']}")
     if report["llvm"]:
         llvm = report["llvm"]
-        print(f"LLVM      {llvm['version']} of the TVM wheel, {len(llvm['backends'])} back ends;", end="")
-        print(f" takes this processor for {llvm['processor']}, {llvm['triple']}")
-    print(f"Processor {cpu['name']}, {cpu['cores']} cores; {' '.join(cpu['features']) or '?'}")
-    gib = 2.0**30
-    print(f"Memory    {memory['available'] / gib:.1f} of {memory['total'] / gib:.1f} GiB available")
-    print(f"Disk      {storage['free'] / gib:.1f} GiB free; cache {storage['cache']}", end="")
-    print(f" holds {storage['size'] / gib:.2f} GiB")
+        _line("LLVM", f"{llvm['version']} in the TVM wheel, {len(llvm['backends'])} back ends")
+        _line("", f"takes this machine for {llvm['processor']}, {llvm['triple']}")
+    _line("Processor", f"{cpu['name']}, {cpu['cores']} cores")
+    _line("", " ".join(cpu["features"]) or "features unknown")
+    available, total = memory["available"] / gib, memory["total"] / gib
+    _line("Memory", f"{available:.1f} GiB available of {total:.1f}")
+    _line("Disk", f"{storage['free'] / gib:.1f} GiB free")
+    _line("Cache", f"{storage['cache']}, {storage['size'] / gib:.2f} GiB")
     for row in report["tools"]:
         where = row["path"] or f"not found; get it: {row['get']}"
-        print(f"Tool      {row['name']}: {where} ({row['for']})")
+        _line("Tool", f"{row['name']} for {row['for']}: {where}")
     for gpu in report["gpus"]:
-        print(f"GPU       {gpu['name']}, {gpu['memory']}, driver {gpu['driver']}")
-    print("Targets")
+        _line("GPU", f"{gpu['name']}, {gpu['memory']}, driver {gpu['driver']}")
+    if not report["gpus"]:
+        _line("GPU", "no NVIDIA driver found")
     for row in report["targets"]:
-        state = f"builds: {_yes(row['builds'])}, runs here: {_yes(row['runs'])}"
-        print(f"  {row['target']} ({row['machine']}): {state}" + f"; {row['note']}" * bool(row["note"]))
+        builds, runs = ("yes" if row[key] else "no" for key in ("builds", "runs"))
+        text = f"{row['target']}, {row['machine']}: builds: {builds}, runs here: {runs}"
+        _line("Target", f"{text}; {row['note']}" if row["note"] else text)
     if not report["ok"]:
-        print("The CPU target does not work here: see the lines marked BAD, not found, or no.")
+        print("The CPU target does not work here: see the lines with BAD, not found, or no.")
 
 
-def _yes(answer: bool) -> str:
-    return "yes" if answer else "no"
+def _line(label: str, text: str) -> None:
+    print(f"{label:<10}{text}")

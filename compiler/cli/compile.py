@@ -1,0 +1,91 @@
+"""qcc compile: a checkpoint into an artifact folder with a library for each target."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "compile a checkpoint into a library and quantized weights"
+EXAMPLE = "qcc compile ./Llama-3.2-1B --quant q4f16_1 --target cpu -o ./llama-q4"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `compile`; `convert` shares those about the model and its sizes."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--target", default="cpu", metavar="T[,T...]", help="cpu; see qcc list targets"
+    )
+    parser.add_argument(
+        "--mcpu",
+        default="native",
+        help="processor as LLVM names it: native, x86-64-v3, icelake-server, cortex-a76, ...",
+    )
+    parser.add_argument(
+        "--triple", default=None, help="cross compile, as aarch64-unknown-linux-gnu"
+    )
+    parser.add_argument(
+        "--opt",
+        default="O2",
+        choices=["O0", "O1", "O2"],
+        help="O0: generic schedules only; O1: our kernels; O2: and fusion",
+    )
+    parser.add_argument("--dump-ir", metavar="DIR", default=None, help="write the IR of every pass")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, -o, the scheme and the sizes."""
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or hub id org/name")
+    parser.add_argument("-o", "--output", metavar="DIR", required=True, help="artifact folder")
+    parser.add_argument(
+        "--quant", default="q4f16_1", metavar="SCHEME", help="scheme name or YAML file"
+    )
+    sizes = parser.add_argument_group("sizes (tokens)")
+    for flag, text in (
+        ("--context-window", "longest prompt + answer (default: the model's, at most 8192)"),
+        ("--sliding-window", "attend to the last N tokens only (default: the model's)"),
+        ("--attention-sink", "first tokens that a sliding window keeps (default: 0)"),
+        ("--prefill-chunk", "tokens of a prompt computed at once (default: 512)"),
+        ("--max-batch", "sequences at once (default: 4)"),
+    ):
+        sizes.add_argument(flag, type=int, default=None, metavar="N", help=text)
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pytorch_model.bin (weights_only)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace another artifact in the folder"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile and say what was made."""
+    from pathlib import Path
+
+    from qcc.compiler.driver import compile_model
+    from qcc.compiler.steps import Steps
+    from qcc.targets.spec import BuildOptions
+
+    options = model_options(
+        args,
+        targets=tuple(name.strip() for name in args.target.split(",") if name.strip()),
+        build=BuildOptions(args.mcpu, args.triple, int(args.opt[1:])),
+        dump_ir=Path(args.dump_ir) if args.dump_ir else None,
+    )
+    out = compile_model(args.model, Path(args.output), options, Steps())
+    print(f'{out}: run it with `qcc generate {out} "Once upon a time"`')
+    return 0
+
+
+def model_options(args: argparse.Namespace, **others: object):  # type: ignore[no-untyped-def]
+    """CompileOptions of parsed arguments."""
+    from qcc.compiler.driver import CompileOptions
+    from qcc.compiler.sizes import SizeFlags
+
+    sizes = SizeFlags(
+        args.context_window,
+        args.sliding_window,
+        args.attention_sink,
+        args.prefill_chunk,
+        args.max_batch,
+    )
+    return CompileOptions(
+        quant=args.quant, sizes=sizes, allow_pickle=args.allow_pickle, force=args.force, **others
+    )
