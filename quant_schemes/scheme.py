@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -75,7 +76,7 @@ class WeightFormat:
     @property
     def max_code(self) -> int:
         """M: a code q stands for (q - M) * scale."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def num_groups(self, k: int) -> int:
         """Scales in a row of k elements; a tail is padded to a whole group."""
@@ -97,6 +98,24 @@ class WeightFormat:
         return (
             StoredPart("q_weight", words, "uint32"),
             StoredPart("q_scale", scales, self.dtype),
+        )
+
+    def as_dict(self) -> dict[str, int | str]:
+        """The fields that are set, as an attribute of a PrimFunc or a JSON object."""
+        fields: dict[str, int | str] = {"bits": self.bits, "dtype": self.dtype}
+        if self.group is not None:
+            fields["group"] = self.group
+        return {**fields, "layout": self.layout}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> WeightFormat:
+        """The inverse of `as_dict`; values may be TVM's boxed ints and strings."""
+        group = fields["group"] if "group" in fields else None
+        return cls(
+            int(fields["bits"]),
+            str(fields["dtype"]),
+            None if group is None else int(group),
+            str(fields["layout"]),
         )
 
     def bits_per_weight(self) -> float:
@@ -180,8 +199,8 @@ def load_scheme(name_or_path: str) -> Scheme:
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
             raise SchemeError(
-                f"--quant: unknown scheme {name_or_path!r}{did_you_mean(name_or_path, list_schemes())}; "
-                f"shipped: {', '.join(list_schemes())}; or a path to a .yaml file"
+                f"--quant: unknown scheme {name_or_path!r}"
+                f"{did_you_mean(name_or_path, list_schemes())}; shipped: {', '.join(list_schemes())}; or a path to a .yaml file"
             )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -232,7 +251,9 @@ def _parse_format(value: Any, dtype: str, where: str) -> WeightFormat:
     if value == "float":
         return WeightFormat(FLOAT_DTYPES[dtype], dtype)
     if not isinstance(value, dict):
-        raise SchemeError(f"{where}: {value!r} is neither 'float' nor a mapping bits, group, layout")
+        raise SchemeError(
+            f"{where}: {value!r} is neither 'float' nor a mapping bits, group, layout"
+        )
     _check_keys(value, _FORMAT_KEYS, where)
     for key in ("bits", "group"):
         if not isinstance(value.get(key), int) or isinstance(value.get(key), bool):

@@ -1,0 +1,386 @@
+"""The artifact: the folder that a compile writes and a runtime reads; their only contract.
+
+  qcc.json              written last: versions, source, scheme, formats, sizes, libraries
+  mlc-chat-config.json  what clients need to chat (CONTRACTS section 3)
+  tensor-cache.json     records of params_shard_N.bin (CONTRACTS section 2)
+  lib/                  one library a target
+
+Every file is written under a temporary name and renamed. A folder is untrusted input: whatever is
+wrong with it is a QccError of one line. Symbolic links are followed (hub caches are made of them);
+names that lead out of the folder are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcc.runtime.errors import QccError
+from qcc.runtime.files import cache_dir, checksum, os_errors, read_json, write_file
+
+FORMAT = 1
+MANIFEST, CHAT_CONFIG, TENSOR_CACHE = "qcc.json", "mlc-chat-config.json", "tensor-cache.json"
+DTYPE_BYTES = {"uint32": 4, "float32": 4, "float16": 2, "bfloat16": 2}
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name of the file
+_RECOMPILE = "compile the model again with qcc compile"
+
+
+@dataclass(frozen=True)
+class LibraryFile:
+    """A compiled library: its path within the folder, sha256 in hex, size in bytes."""
+
+    file: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """qcc.json. `tensors` maps stored names to {"bits", "group", "dtype", "layout"}."""
+
+    qcc: str
+    tvm: str
+    source: Mapping[str, Any]
+    scheme: str
+    method: str
+    tensors: Mapping[str, Mapping[str, Any]]
+    sizes: Mapping[str, int]
+    libraries: Mapping[str, LibraryFile]
+    quality: Mapping[str, Any] | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where a stored tensor lies: `nbytes` at `offset` in `shard`, a name in the folder.
+
+    `encoding` is "raw", or "f32-to-bf16": a float32 tensor whose upper halves are stored.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    shard: str
+    offset: int
+    nbytes: int
+    encoding: str = "raw"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of weights: its name in the folder, size in bytes, md5 in hex."""
+
+    file: str
+    nbytes: int
+    md5: str
+
+
+def running_versions() -> dict[str, str]:
+    """The versions of qcc and of TVM in this environment."""
+    return {
+        "qcc": importlib.metadata.version("qcc"),
+        "tvm": importlib.metadata.version("apache-tvm"),
+    }
+
+
+def library_file(folder: Path, file: str) -> LibraryFile:
+    """The entry of a library that lies at `file`, a path within the folder."""
+    path = folder / file
+    return LibraryFile(file, checksum(path, "sha256"), path.stat().st_size)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write qcc.json; do it last, since a folder without it does not open."""
+    data = {"format": FORMAT, **asdict(manifest)}
+    if manifest.quality is None:
+        del data["quality"]
+    write_file(folder / MANIFEST, json.dumps(data, indent=1) + "\n")
+
+
+def read_manifest(folder: Path, versions: Mapping[str, str] | None = None) -> Manifest:
+    """Read qcc.json and compare its versions with `versions` (those of this environment).
+
+    Raises:
+        QccError: no such folder or file, not readable, made by other versions.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise QccError(f"{folder}: no such folder; give the folder that qcc compile wrote")
+    if not path.exists():
+        raise QccError(
+            f"{folder}: not a qcc artifact (or an interrupted compile): it has no {MANIFEST}; "
+            f"{_RECOMPILE}"
+        )
+    data = read_json(path, _RECOMPILE)
+    if data.get("format") != FORMAT:
+        raise QccError(
+            f"{path}: format {data.get('format')!r}, this qcc reads format {FORMAT}; {_RECOMPILE}"
+        )
+    for package, running in (versions or running_versions()).items():
+        if data.get(package) != running:
+            raise QccError(
+                f"{path}: compiled with {package} {data.get(package)!r}, but {running} is "
+                f"installed; {_RECOMPILE}, or install {package} {data.get(package)!r}"
+            )
+    data.pop("format")
+    try:
+        libraries = {str(k): LibraryFile(**v) for k, v in data.pop("libraries").items()}
+        manifest = Manifest(libraries=libraries, **data)
+        _check_types(manifest)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as err:
+        raise QccError(f"{path}: not the qcc.json of format {FORMAT}: {err}; {_RECOMPILE}") from err
+    return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    for name in ("source", "tensors", "sizes"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise ValueError(f"{name} is no object")
+    for item in fields(manifest):
+        if item.type == "str" and not isinstance(getattr(manifest, item.name), str):
+            raise ValueError(f"{item.name} is no string")
+    for name, size in manifest.sizes.items():
+        if type(size) is not int:
+            raise ValueError(f"sizes[{name}] is {size!r}, no whole number")
+    for name, library in manifest.libraries.items():
+        if type(library.bytes) is not int or not isinstance(library.sha256, str):
+            raise ValueError(f"libraries[{name}] has no size or no sha256")
+
+
+class Artifact:
+    """An opened artifact: everything about the folder that can be checked without its weights."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        chat_config: dict[str, Any],
+        shards: tuple[Shard, ...],
+        records: dict[str, TensorRecord],
+    ) -> None:
+        """Use `open`; `records` are in the order of the parameters."""
+        self.folder = folder
+        self.manifest = manifest
+        self.chat_config = chat_config
+        self.shards = shards
+        self.records = records
+
+    @classmethod
+    def open(cls, folder: Path | str, versions: Mapping[str, str] | None = None) -> Artifact:
+        """Read and check the folder's JSON files and the sizes of its shards and libraries.
+
+        Raises:
+            QccError: anything missing, unreadable, of other versions or of another size.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder, versions)
+        chat_config = read_json(_existing(folder / CHAT_CONFIG), _RECOMPILE)
+        shards, records = _read_tensor_cache(folder)
+        for name, library in manifest.libraries.items():
+            path = _inside(folder, library.file, f"{folder / MANIFEST}: libraries[{name}]")
+            _check_size(path, library.bytes)
+        return cls(folder, manifest, chat_config, shards, records)
+
+    def libraries(self, target: str) -> dict[str, Path]:
+        """Libraries for a target: name -> path, `cpu` finding cpu and cpu-*, a full name itself."""
+        found = {
+            name: self.folder / library.file
+            for name, library in self.manifest.libraries.items()
+            if name == target or name.startswith(f"{target}-")
+        }
+        return {target: found[target]} if target in found else found
+
+    def library(self, target: str) -> Path:
+        """The one library for a target.
+
+        Raises:
+            QccError: there is none, or there are several and `target` names no single one.
+        """
+        found = self.libraries(target)
+        if not found:
+            names = ", ".join(self.manifest.libraries) or "none"
+            raise QccError(
+                f"{self.folder}: no library for {target!r}; it has: {names}; add one with "
+                f"qcc compile --target {target} -o {self.folder}"
+            )
+        if len(found) > 1:
+            raise QccError(f"{self.folder}: several libraries for {target!r}: {', '.join(found)}")
+        return next(iter(found.values()))
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """A stored tensor in its dtype; bfloat16 by ml_dtypes where installed, else as uint16.
+
+        Raises:
+            QccError: no such tensor, or its shard cannot be read.
+        """
+        if name not in self.records:
+            raise QccError(f"{self.folder / TENSOR_CACHE}: no tensor {name!r}")
+        record = self.records[name]
+        path = self.folder / record.shard
+        dtype = _stored_dtype(record)
+        with os_errors(path, "read"):
+            flat = np.fromfile(path, dtype, math.prod(record.shape), offset=record.offset)
+        if flat.nbytes != record.nbytes:
+            raise QccError(f"{path}: truncated within {name!r}; {_RECOMPILE}")
+        if record.encoding == "f32-to-bf16":
+            flat = (flat.astype(np.uint32) << 16).view(np.float32)
+        return flat.reshape(record.shape)
+
+    def verify(self, progress: Progress | None = None) -> None:
+        """Compare the checksums of shards and libraries, once for each state of the files.
+
+        What was found right is remembered in the cache folder by size and modification time.
+
+        Raises:
+            QccError: a file whose bytes are not those that were written.
+        """
+        sums = {shard.file: ("md5", shard.md5) for shard in self.shards}
+        for library in self.manifest.libraries.values():
+            sums[library.file] = ("sha256", library.sha256)
+        memory = _VerifiedFiles(self.folder)
+        todo = [file for file in sums if not memory.knows(file, sums[file][1])]
+        total = sum((self.folder / file).stat().st_size for file in todo)
+        done = 0
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+            found = pool.map(lambda file: checksum(self.folder / file, sums[file][0]), todo)
+            for file, digest in zip(todo, found, strict=True):
+                kind, wanted = sums[file]
+                if digest != wanted:
+                    raise QccError(
+                        f"{self.folder / file}: damaged: its {kind} is {digest}, recorded is "
+                        f"{wanted}; copy it again or {_RECOMPILE}"
+                    )
+                memory.add(file, wanted)
+                done += (self.folder / file).stat().st_size
+                if progress:
+                    progress(done, total, file)
+        if todo:
+            memory.save()
+
+
+class _VerifiedFiles:
+    """Files of a folder whose checksums were right: name -> [size, mtime in ns, checksum]."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        key = hashlib.sha256(str(self.folder).encode()).hexdigest()[:32]
+        self.path = cache_dir() / "verified" / f"{key}.json"
+        try:
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            known = {}
+        self.known: dict[str, Any] = known if isinstance(known, dict) else {}
+
+    def _state(self, file: str, digest: str) -> list[Any]:
+        path = (self.folder / file).resolve()
+        stat = path.stat()
+        return [str(path), stat.st_size, stat.st_mtime_ns, digest]
+
+    def knows(self, file: str, digest: str) -> bool:
+        return bool(self.known.get(file) == self._state(file, digest))
+
+    def add(self, file: str, digest: str) -> None:
+        self.known[file] = self._state(file, digest)
+
+    def save(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(self.path, json.dumps(self.known))
+        except (OSError, QccError):
+            return  # a cache that cannot be written costs time at the next start, nothing else
+
+
+def _read_tensor_cache(folder: Path) -> tuple[tuple[Shard, ...], dict[str, TensorRecord]]:
+    path = _existing(folder / TENSOR_CACHE)
+    shards: list[Shard] = []
+    records: dict[str, TensorRecord] = {}
+    try:
+        for entry in read_json(path, _RECOMPILE)["records"]:
+            shard = Shard(str(entry["dataPath"]), int(entry["nbytes"]), str(entry["md5sum"]))
+            if entry["format"] != "raw-shard":
+                raise ValueError(f"{shard.file}: format {entry['format']!r} is not raw-shard")
+            _check_size(_inside(folder, shard.file, str(path)), shard.nbytes)
+            shards.append(shard)
+            for item in entry["records"]:
+                record = _record(item, shard)
+                if record.name in records:
+                    raise ValueError(f"tensor {record.name!r} appears twice")
+                records[record.name] = record
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as err:
+        what = f"key {err} is missing" if isinstance(err, KeyError) else str(err)
+        raise QccError(f"{path}: {what}; {_RECOMPILE}") from err
+    return tuple(shards), records
+
+
+def _record(item: Mapping[str, Any], shard: Shard) -> TensorRecord:
+    record = TensorRecord(
+        name=str(item["name"]),
+        shape=tuple(int(extent) for extent in item["shape"]),
+        dtype=str(item["dtype"]),
+        shard=shard.file,
+        offset=int(item["byteOffset"]),
+        nbytes=int(item["nbytes"]),
+        encoding=str(item["format"]),
+    )
+    where = f"tensor {record.name!r}"
+    if record.dtype not in DTYPE_BYTES:
+        raise ValueError(f"{where}: dtype {record.dtype!r}, allowed: {', '.join(DTYPE_BYTES)}")
+    if record.encoding not in ("raw", "f32-to-bf16"):
+        raise ValueError(f"{where}: format {record.encoding!r}, allowed: raw, f32-to-bf16")
+    if record.encoding == "f32-to-bf16" and record.dtype != "float32":
+        raise ValueError(f"{where}: format f32-to-bf16 with dtype {record.dtype}")
+    size = math.prod(record.shape) * (2 if record.encoding != "raw" else DTYPE_BYTES[record.dtype])
+    if min(record.shape, default=0) < 0 or size != record.nbytes:
+        raise ValueError(f"{where}: shape {list(record.shape)} is not {record.nbytes} bytes")
+    if record.offset < 0 or record.offset + record.nbytes > shard.nbytes:
+        raise ValueError(f"{where}: lies outside of {shard.file}")
+    return record
+
+
+def _stored_dtype(record: TensorRecord) -> np.dtype[Any]:
+    if record.encoding == "f32-to-bf16":
+        return np.dtype(np.uint16)
+    if record.dtype != "bfloat16":
+        return np.dtype(record.dtype)
+    try:
+        import ml_dtypes
+    except ImportError:
+        return np.dtype(np.uint16)
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise QccError(f"{path.parent}: {path.name} is missing; {_RECOMPILE}")
+    return path
+
+
+def _inside(folder: Path, name: str, where: str) -> Path:
+    """The path of a file that a JSON names; a name that leads out of the folder is refused."""
+    parts = PurePosixPath(name).parts
+    odd = not name.isprintable() or "\\" in name or ":" in name
+    if not parts or name.startswith("/") or ".." in parts or odd:
+        raise QccError(f"{where}: {name!r} is not the name of a file within the folder")
+    path = folder / name
+    if not path.is_file():
+        raise QccError(f"{path}: is missing; copy it again or {_RECOMPILE}")
+    return path
+
+
+def _check_size(path: Path, nbytes: int) -> None:
+    size = path.stat().st_size
+    if size != nbytes:
+        raise QccError(
+            f"{path}: has {size} bytes, recorded are {nbytes}; copy it again or {_RECOMPILE}"
+        )
