@@ -110,15 +110,11 @@ def memory() -> dict[str, int]:
     return {"total": state.total, "available": state.available}
 
 
-def cache_folder() -> Path:
-    """Where compiled models and repacked weights are kept: $QCC_CACHE, else ~/.cache/qcc."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("QCC_CACHE") or Path(base) / "qcc")
-
-
 def storage() -> dict[str, Any]:
     """The cache folder, its size and what is free on its disk, in bytes."""
-    folder = cache_folder()
+    from qcc.runtime.artifact import cache_dir
+
+    folder = cache_dir()
     existing = folder
     while not existing.exists():
         existing = existing.parent
