@@ -1,1 +1,53 @@
-""""""
+"""qcc.compiler.models: one file an architecture, over shared blocks.
+
+  rope.py          rotary position embeddings
+  blocks.py        the parts: linear, norms, attention over the paged KV cache, MLPs, the decoder
+  architecture.py  Architecture: what an architecture's file defines
+  <arch>.py        its config mapping, its module, its weight map
+
+An architecture's file defines one object, ARCHITECTURE; discovery lists this folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from qcc.quant_schemes.errors import did_you_mean
+from qcc.runtime.errors import QccError
+
+if TYPE_CHECKING:
+    from qcc.compiler.models.architecture import Architecture
+
+_SHARED = {"rope", "blocks", "architecture"}
+
+
+@cache
+def architectures() -> dict[str, Architecture]:
+    """All architectures by model_type."""
+    found = {}
+    for info in pkgutil.iter_modules(__path__):
+        if info.name not in _SHARED:
+            module = importlib.import_module(f"{__name__}.{info.name}")
+            found[module.ARCHITECTURE.model_type] = module.ARCHITECTURE
+    return found
+
+
+def find_architecture(raw: dict[str, Any], where: str) -> Architecture:
+    """The architecture that a config.json names by `architectures` (first) or `model_type`."""
+    known = architectures()
+    names = raw.get("architectures") or []
+    for architecture in known.values():
+        if any(name in architecture.hf_names for name in names):
+            return architecture
+    model_type = str(raw.get("model_type"))
+    if not names and model_type in known:
+        return known[model_type]
+    asked = str(names[0]) if names else model_type
+    classes = [name for architecture in known.values() for name in architecture.hf_names]
+    raise QccError(
+        f"{where}: architecture {asked!r} is not supported{did_you_mean(asked, classes)}; "
+        f"supported: {', '.join(classes)} (qcc list models)"
+    )

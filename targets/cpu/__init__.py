@@ -1,1 +1,52 @@
-""""""
+"""qcc.targets.cpu: LLVM CPUs, x86-64 and aarch64.
+
+In the order in which data passes:
+  isa.py        what the vector unit can do, from the LLVM target's features
+  passes/       linear layers to kernels, the rest scheduled
+  kernels/      the TIR kernels and the weight layout that they read
+  kv_cache.py   the kernels of the paged KV cache
+  build.py      processor names, cross compiling, the shared library
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qcc.targets.cpu.build import export, resolve
+from qcc.targets.spec import KVCacheConfig, KVKernels, TargetSpec
+
+if TYPE_CHECKING:
+    import tvm
+
+
+def _passes(phase: str, target: tvm.target.Target, opt: int) -> Sequence[Any]:
+    """The CPU's passes of a phase: `lower` (O1 and up) or `schedule`."""
+    from qcc.targets.cpu.isa import isa_of
+    from qcc.targets.cpu.passes.lower_linear import LowerLinear
+    from qcc.targets.cpu.passes.schedule import ScheduleLoops
+
+    isa = isa_of(target)
+    if phase == "lower":
+        return [LowerLinear(isa)] if opt >= 1 else []
+    assert phase == "schedule", phase
+    return [ScheduleLoops(isa)]
+
+
+def _kv_kernels(config: KVCacheConfig, target: tvm.target.Target) -> KVKernels:
+    from qcc.targets.cpu.kv_cache import kv_kernels
+
+    return kv_kernels(config, target)
+
+
+TARGET = TargetSpec(
+    name="cpu",
+    description="LLVM CPU: x86-64 (AVX2, AVX-512) and aarch64 (NEON)",
+    compute_dtype="float32",
+    default_prefill_chunk=512,
+    library_extension="so",
+    resolve=resolve,
+    passes=_passes,
+    kv_kernels=_kv_kernels,
+    export=export,
+)

@@ -1,0 +1,194 @@
+"""IRModule + target -> library: the passes of pipeline.py around a TargetSpec."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcc.compiler.config import ModelConfig
+from qcc.compiler.models.architecture import Architecture
+from qcc.compiler.models.rope import frequencies
+from qcc.compiler.sizes import Sizes
+from qcc.compiler.weights.spec import WeightSpec
+from qcc.quant_schemes.scheme import FLOAT_DTYPES, Scheme
+from qcc.targets.spec import BuildOptions, KVCacheConfig, TargetSpec
+
+PAGE_SIZE = 16  # tokens a page of the KV cache; stock clients use this one
+METADATA_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what a library computes, chosen before anything is built."""
+
+    architecture: Architecture
+    config: ModelConfig
+    scheme: Scheme
+    sizes: Sizes
+
+
+def weight_specs(plan: Plan) -> tuple[WeightSpec, ...]:
+    """Every weight of the model in parameter order, with sources and formats."""
+    from qcc.compiler.models.blocks import parameters
+
+    architecture, config = plan.architecture, plan.config
+    specs = []
+    for name, shape in parameters(architecture.module(config)):
+        made = architecture.source(config, name, shape)
+        fmt = plan.scheme.format_of(name, role=architecture.role(name, shape), ndim=len(shape))
+        specs.append(WeightSpec(name, shape, fmt, made.sources, made.transform))
+    return tuple(specs)
+
+
+def kv_cache_config(plan: Plan, dtype: str) -> KVCacheConfig:
+    """What the paged KV cache is made for."""
+    config, sizes = plan.config, plan.sizes
+    length = sizes.context_window_size
+    if length < 0:
+        length = config.max_position_embeddings
+    inv_freq, factor = frequencies(config.rope, length)
+    return KVCacheConfig(
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rotary_dim=config.rope.rotary_dim,
+        inv_freq=inv_freq,
+        rope_attention_factor=factor,
+        max_positions=sizes.max_positions,
+        sliding_window_size=sizes.sliding_window_size,
+        attention_sink_size=max(sizes.attention_sink_size, 0),
+        prefill_chunk_size=sizes.prefill_chunk_size,
+        dtype=dtype,
+    )
+
+
+def quantized_module(plan: Plan, specs: tuple[WeightSpec, ...], spec: TargetSpec, target: Any) -> Any:
+    """The module with all that clients call, before any lowering: the executable reference."""
+    from qcc.compiler.models.blocks import export
+    from qcc.compiler.passes import pipeline
+    from qcc.compiler.passes.attach_kv_cache import AttachKVCache
+    from qcc.compiler.passes.attach_logit_processing import AttachLogitProcessing
+    from qcc.compiler.passes.attach_sampling import AttachSampling
+    from qcc.compiler.passes.quantize_weights import QuantizeWeights
+
+    dtype = spec.compute_dtype or plan.scheme.dtype
+    kv = kv_cache_config(plan, dtype)
+    passes = pipeline.front_end(
+        QuantizeWeights(specs, dtype),
+        AttachKVCache(kv, spec.kv_kernels(kv, target)),
+        AttachSampling(plan.config.vocab_size, plan.sizes.max_batch_size),
+        AttachLogitProcessing(plan.config.vocab_size),
+    )
+    return pipeline.run(export(plan.architecture.module(plan.config), dtype), passes, target)
+
+
+def build_library(
+    plan: Plan,
+    specs: tuple[WeightSpec, ...],
+    spec: TargetSpec,
+    options: BuildOptions,
+    path: Path,
+    dump: Path | None = None,
+) -> dict[str, Any]:
+    """Compile for one target and write the library at `path`; returns its metadata."""
+    from tvm import relax as rx
+
+    from qcc.compiler.passes import pipeline
+    from qcc.compiler.passes.attach_metadata import AttachMetadata
+    from qcc.compiler.passes.hoist_repack import HoistRepack
+
+    target, _ = spec.resolve(options)
+    made: dict[str, Any] = {}
+    hoist = HoistRepack()
+
+    def describe(usage: dict[str, int]) -> dict[str, Any]:
+        made.update(_metadata(plan, specs, spec, str(target.attrs.get("mcpu", "")), hoist, usage))
+        return made
+
+    bounds = {"n": plan.sizes.prefill_chunk_size, "b": plan.sizes.max_batch_size}
+    passes = pipeline.lowering(
+        bounds,
+        spec.passes("lower", target, options.opt),
+        hoist,
+        spec.passes("schedule", target, options.opt),
+        AttachMetadata(describe),
+        fuse=options.opt >= 2,
+    )
+    module = quantized_module(plan, specs, spec, target)
+    module = pipeline.run(module, passes, target, dump)
+    with target:
+        executable = rx.build(module, target, relax_pipeline=None)
+    spec.export(executable, path, options)
+    return made
+
+
+def _metadata(
+    plan: Plan,
+    specs: tuple[WeightSpec, ...],
+    spec: TargetSpec,
+    arch: str,
+    hoist: Any,
+    usage: dict[str, int],
+) -> dict[str, Any]:
+    """The object of `_metadata()`: CONTRACTS section 4, and ours under `qcc`."""
+    config, sizes = plan.config, plan.sizes
+    stored = [part for weight in specs for part in weight.stored]
+    dtype = spec.compute_dtype or plan.scheme.dtype
+    slots = [
+        {
+            "name": stored[slot.sources[0]].name,
+            "shape": list(slot.shape),
+            "dtype": slot.dtype,
+            "from": [stored[i].name for i in slot.sources],
+            "repack": slot.repack,
+        }
+        for slot in hoist.slots
+    ]
+    return {
+        "model_type": config.model_type,
+        "quantization": plan.scheme.name,
+        **sizes.as_dict(),
+        "tensor_parallel_shards": 1,
+        "pipeline_parallel_stages": 1,
+        "kv_state_kind": "kv_cache",
+        "active_vocab_size": config.vocab_size,
+        "model_task": "chat",
+        "params": [
+            {
+                "name": part.name,
+                "shape": list(part.shape),
+                "dtype": part.dtype,
+                "preprocs": [],
+                "pipeline_stages": [0],
+            }
+            for part in stored
+        ],
+        "kv_cache": {
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+        },
+        "memory_usage": usage,
+        "qcc": {
+            "format": METADATA_FORMAT,
+            "target": spec.name,
+            "arch": arch,
+            "compute_dtype": dtype,
+            "kv_dtype": dtype,
+            "page_size": PAGE_SIZE,
+            "rope_table_bytes": _rope_table_bytes(plan),
+            "slots": slots,
+            "rope": dataclasses.asdict(config.rope),
+        },
+    }
+
+
+def _rope_table_bytes(plan: Plan) -> int:
+    """Cosines and sines of every position, in f32; a sliding window computes them on the fly."""
+    if plan.sizes.sliding_window_size > 0:
+        return 0
+    return plan.sizes.max_positions * plan.config.rope.rotary_dim * (FLOAT_DTYPES["float32"] // 8)

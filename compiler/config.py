@@ -1,0 +1,158 @@
+"""config.json -> ModelConfig: read once, checked once, nothing ignored in silence.
+
+A key that no architecture reads and that is not known to be harmless is refused: a dropped key
+yields fluent rubbish.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcc.quant_schemes.errors import did_you_mean
+from qcc.runtime.errors import QccError
+
+# Keys that say nothing about the numbers of a forward pass at inference.
+HARMLESS_KEYS = frozenset(
+    """
+    architectures auto_map torch_dtype dtype transformers_version _name_or_path use_cache
+    initializer_range pretraining_tp bos_token_id eos_token_id pad_token_id unk_token_id
+    attention_dropout hidden_dropout classifier_dropout attention_probs_dropout_prob
+    hidden_dropout_prob resid_pdrop embd_pdrop gradient_checkpointing model_type is_decoder
+    output_attentions output_hidden_states return_dict use_return_dict torchscript chunk_size_feed_forward
+    id2label label2id problem_type task_specific_params _attn_implementation
+    _attn_implementation_autoset tokenizer_class finetuning_task rope_theta_comment cross_attention_hidden_size
+    add_cross_attention is_encoder_decoder tie_encoder_decoder pruned_heads keys_to_ignore_at_inference
+    """.split()
+)
+
+
+class ConfigReader:
+    """Reads a raw config by key, remembers what was read, and refuses the rest at the end."""
+
+    def __init__(self, raw: dict[str, Any], where: str) -> None:
+        self.raw = raw
+        self.where = where
+        self._read: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of `key`, or `default` where it is absent or null."""
+        self._read.add(key)
+        value = self.raw.get(key)
+        return default if value is None else value
+
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
+        """A whole number >= `minimum`."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise QccError(f"{self.where}: {key} is {value!r}, it must be a whole number >= {minimum}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite positive number."""
+        value = self.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
+            raise QccError(f"{self.where}: {key} is {value!r}, it must be a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise QccError(f"{self.where}: {key} is {value!r}, it must be true or false")
+        return value
+
+    def choice(self, key: str, allowed: tuple[str, ...], default: str | None = None) -> str:
+        """One of `allowed`."""
+        value = self.get(key, default)
+        if value not in allowed:
+            raise QccError(
+                f"{self.where}: {key} {value!r} is not supported; supported: {', '.join(allowed)}"
+            )
+        return str(value)
+
+    def finish(self) -> None:
+        """Refuse every key that was neither read nor is known to be harmless."""
+        for key, value in self.raw.items():
+            if key in self._read or key in HARMLESS_KEYS or value is None or value == {}:
+                continue
+            raise QccError(
+                f"{self.where}: unknown key {key!r} = {str(value)[:60]}{did_you_mean(key, self._read)}; "
+                "it may change the numbers, so it is refused; remove it if it does not"
+            )
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: the type, base, rotated dimensions and the type's own numbers."""
+
+    rope_type: str
+    theta: float
+    rotary_dim: int
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the blocks are built from; the names are Hugging Face's."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_eps: float
+    hidden_act: str
+    tie_word_embeddings: bool
+    rope: RopeConfig
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    parallel_residual: bool = False
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; missing or malformed is a one-line error."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise QccError(f"{path}: no such file; a checkpoint folder has a {path.name}") from err
+    except OSError as err:
+        raise QccError(f"{path}: {err.strerror}") from err
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise QccError(f"{path}: not valid JSON: {err}") from err
+
+
+def attention_heads(reader: ConfigReader) -> tuple[int, int, int, int]:
+    """hidden_size, num_attention_heads, num_key_value_heads and head_dim, checked together."""
+    hidden = reader.integer("hidden_size")
+    heads = reader.integer("num_attention_heads")
+    kv_heads = reader.integer("num_key_value_heads", heads)
+    explicit = reader.get("head_dim")
+    if explicit is None and hidden % heads:
+        raise QccError(
+            f"{reader.where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
+        )
+    head_dim = reader.integer("head_dim", hidden // heads)
+    if heads % kv_heads:
+        raise QccError(
+            f"{reader.where}: num_attention_heads {heads} is not a multiple of "
+            f"num_key_value_heads {kv_heads}"
+        )
+    return hidden, heads, kv_heads, head_dim

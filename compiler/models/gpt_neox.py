@@ -1,0 +1,156 @@
+"""GPT-NeoX (Pythia): partial rotary, parallel residual, LayerNorm, biases everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
+
+from qcc.compiler.config import ConfigReader, ModelConfig, attention_heads
+from qcc.compiler.models.architecture import Architecture, WeightSource
+from qcc.compiler.models.blocks import (
+    ACTIVATIONS,
+    Attention,
+    CausalLM,
+    Embedding,
+    LayerNorm,
+    Linear,
+    activation,
+)
+from qcc.compiler.models.rope import rope_from_hf
+from qcc.compiler.weights.spec import SourceTensor
+
+
+def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
+    """config.json of a GPTNeoXForCausalLM."""
+    reader = ConfigReader(raw, where)
+    hidden, heads, kv_heads, head_dim = attention_heads(reader)
+    positions = reader.integer("max_position_embeddings", 2048)
+    bias = reader.flag("attention_bias", True)
+    config = ModelConfig(
+        model_type="gpt_neox",
+        hidden_size=hidden,
+        intermediate_size=reader.integer("intermediate_size"),
+        num_hidden_layers=reader.integer("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=reader.integer("vocab_size"),
+        max_position_embeddings=positions,
+        norm_eps=reader.number("layer_norm_eps", 1e-5),
+        hidden_act=reader.choice("hidden_act", ACTIVATIONS, "gelu"),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        rope=rope_from_hf(
+            reader,
+            head_dim,
+            positions,
+            theta_key="rotary_emb_base",
+            partial_key="rotary_pct",
+            partial_default=0.25,
+        ),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=True,
+        parallel_residual=reader.flag("use_parallel_residual", True),
+    )
+    reader.finish()
+    return config
+
+
+class MLP(nn.Module):  # type: ignore[misc]
+    """dense_4h_to_h(act(dense_h_to_4h(x)))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make the two layers under Hugging Face's names."""
+        self.act = config.hidden_act
+        self.dense_h_to_4h = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.dense_4h_to_h = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x: nn.Tensor) -> nn.Tensor:
+        """x [b, s, h] -> [b, s, h]."""
+        return self.dense_4h_to_h(activation(self.act, self.dense_h_to_4h(x)))
+
+
+class Layer(nn.Module):  # type: ignore[misc]
+    """Attention and MLP side by side (parallel residual) or one after the other."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make the parts under Hugging Face's names."""
+        self.parallel = config.parallel_residual
+        self.input_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, out_name="dense")
+        self.mlp = MLP(config)
+
+    def forward(self, x: nn.Tensor, kv: PagedKVCache, layer: int) -> nn.Tensor:
+        """x [b, s, h] -> [b, s, h]."""
+        attended = x + self.attention(self.input_layernorm(x), kv, layer)
+        return attended + self.mlp(self.post_attention_layernorm(x if self.parallel else attended))
+
+
+class Decoder(nn.Module):  # type: ignore[misc]
+    """Embedding, layers, last norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make the parts under Hugging Face's names."""
+        self.embed_in = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
+        self.final_layer_norm = LayerNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, x: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
+        """x [b, s, h] embeddings -> [b, s, h]."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x, kv, index)
+        return self.final_layer_norm(x)
+
+
+class GPTNeoXForCausalLM(CausalLM):
+    """The whole model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Make the decoder and, where it is not tied, embed_out."""
+        super().__init__(config)
+        self.gpt_neox = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.embed_out = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embedding(self) -> Embedding:
+        """The embedding table."""
+        return self.gpt_neox.embed_in
+
+    def hidden(self, x: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
+        """x [b, s, h] embeddings -> [b, s, h] after the last norm."""
+        return self.gpt_neox(x, kv)
+
+    def head(self, x: nn.Tensor) -> nn.Tensor:
+        """x [b, s, h] -> logits [b, s, vocab]."""
+        if self.config.tie_word_embeddings:
+            return self.gpt_neox.embed_in.logits(x)
+        return self.embed_out(x)
+
+
+def source(config: ModelConfig, name: str, shape: tuple[int, ...]) -> WeightSource:
+    """qkv_proj is Hugging Face's query_key_value with its rows, head by head, sorted to q, k, v."""
+    if ".qkv_proj." not in name:
+        return WeightSource((SourceTensor(name, shape),))
+    heads, head_dim = config.num_attention_heads, config.head_dim
+
+    def by_kind(x: Any) -> Any:
+        """Rows [heads, 3, head_dim] -> [3, heads, head_dim]."""
+        return x.reshape(heads, 3, head_dim, -1).swapaxes(0, 1).reshape(shape)
+
+    return WeightSource((SourceTensor(name.replace("qkv_proj", "query_key_value"), shape),), by_kind)
+
+
+ARCHITECTURE = Architecture(
+    model_type="gpt_neox",
+    hf_names=("GPTNeoXForCausalLM",),
+    description="GPT-NeoX, Pythia",
+    config=read_config,
+    module=GPTNeoXForCausalLM,
+    source=source,
+    embedding="gpt_neox.embed_in.weight",
+    lm_head="embed_out.weight",
+    ignored=("*.rotary_emb.inv_freq", "*.attention.bias", "*.attention.masked_bias"),
+)

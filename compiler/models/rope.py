@@ -1,0 +1,151 @@
+"""Rotary position embeddings: config.json -> RopeConfig -> angular frequencies.
+
+Both spellings are read: `rope_theta` + `rope_scaling`, and the newer `rope_parameters`. Formulas are
+those of transformers' modeling_rope_utils (yarn: arXiv 2309.00071), computed in f32 as there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from qcc.compiler.config import ConfigReader, RopeConfig
+from qcc.runtime.errors import QccError
+
+# Keys of each type besides rope_type and rope_theta: required, then optional.
+_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "llama3": (
+        ("factor", "low_freq_factor", "high_freq_factor"),
+        ("original_max_position_embeddings",),
+    ),
+    "yarn": (
+        ("factor",),
+        (
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        ),
+    ),
+}
+_ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+
+
+def rope_from_hf(
+    reader: ConfigReader,
+    head_dim: int,
+    max_position_embeddings: int,
+    theta_key: str = "rope_theta",
+    partial_key: str = "partial_rotary_factor",
+    partial_default: float = 1.0,
+) -> RopeConfig:
+    """Read the rope keys of a config; an unknown type or key is refused by name."""
+    scaling = reader.get("rope_parameters") or reader.get("rope_scaling") or {}
+    reader.get("rope_scaling")
+    where = f"{reader.where}: rope_scaling"
+    if not isinstance(scaling, dict):
+        raise QccError(f"{where} is {scaling!r}, it must be a mapping")
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type not in _KEYS:
+        raise QccError(
+            f"{reader.where}: rope type {rope_type!r} is not supported; supported: {', '.join(_KEYS)}"
+        )
+    required, optional = _KEYS[rope_type]
+    for key in scaling:
+        if key not in (*required, *optional, *_ALWAYS):
+            raise QccError(f"{where}: unknown key {key!r} for rope type {rope_type!r}")
+    for key in required:
+        if scaling.get(key) is None:
+            raise QccError(f"{where}: rope type {rope_type!r} needs {key}")
+    theta = scaling.get("rope_theta", reader.get(theta_key, 10000.0))
+    partial = scaling.get("partial_rotary_factor", reader.get(partial_key, partial_default))
+    values: dict[str, Any] = {
+        key: scaling[key] for key in (*required, *optional) if scaling.get(key) is not None
+    }
+    for key, value in [("rope_theta", theta), (partial_key, partial), *values.items()]:
+        if key != "truncate" and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
+        ):
+            raise QccError(f"{where}: {key} is {value!r}, it must be a positive number")
+    if rope_type == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
+        raise QccError(f"{where}: low_freq_factor must be below high_freq_factor")
+    rotary_dim = int(head_dim * partial)
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise QccError(
+            f"{reader.where}: {rotary_dim} rotary dimensions of head_dim {head_dim}: "
+            "must be even and at most head_dim"
+        )
+    if rope_type == "dynamic":
+        # The length from which the base grows is the model's own, whatever the key says.
+        values["original_max_position_embeddings"] = max_position_embeddings
+    values.setdefault("original_max_position_embeddings", max_position_embeddings)
+    return RopeConfig(rope_type, float(theta), rotary_dim, **values)
+
+
+def frequencies(rope: RopeConfig, context_window_size: int) -> tuple[tuple[float, ...], float]:
+    """Angular frequencies (radians a position; rotary_dim / 2 of them) and the factor on cos and sin.
+
+    `dynamic` depends on the length: it is fixed to `context_window_size` when compiling.
+    """
+    dim = rope.rotary_dim
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    base = rope.theta
+    if rope.rope_type == "dynamic" and dim > 2:
+        length = max(context_window_size, rope.original_max_position_embeddings)
+        grown = rope.factor * length / rope.original_max_position_embeddings - (rope.factor - 1)
+        base *= grown ** (dim / (dim - 2))
+    inv_freq = np.float32(1.0) / np.power(np.float32(base), exponents, dtype=np.float32)
+    attention_factor = 1.0
+    if rope.rope_type == "linear":
+        inv_freq = inv_freq / np.float32(rope.factor)
+    elif rope.rope_type == "llama3":
+        inv_freq = _llama3(inv_freq, rope)
+    elif rope.rope_type == "yarn":
+        inv_freq, attention_factor = _yarn(inv_freq, rope)
+    return tuple(float(f) for f in inv_freq.astype(np.float32)), attention_factor
+
+
+def _llama3(inv_freq: Any, rope: RopeConfig) -> Any:
+    """Long wavelengths are divided by factor, short ones kept, those between interpolated."""
+    wavelength = 2 * math.pi / inv_freq
+    original = rope.original_max_position_embeddings
+    smooth = (original / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    smooth = np.clip(smooth, 0.0, 1.0).astype(np.float32)
+    return (1 - smooth) * inv_freq / np.float32(rope.factor) + smooth * inv_freq
+
+
+def _yarn(inv_freq: Any, rope: RopeConfig) -> tuple[Any, float]:
+    """Interpolate the slow dimensions, keep the fast ones, a linear ramp between them."""
+    dim, original = rope.rotary_dim, rope.original_max_position_embeddings
+
+    def dimension_of(rotations: float) -> float:
+        """The dimension that makes `rotations` turns over the original length."""
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    scaled = inv_freq / np.float32(rope.factor) * ramp + inv_freq * (1 - ramp)
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return scaled, float(rope.attention_factor)
+    if rope.mscale and rope.mscale_all_dim:
+        return scaled, magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
+    return scaled, magnitude(1.0)

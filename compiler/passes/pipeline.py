@@ -1,0 +1,80 @@
+"""The pipeline: one list, read top to bottom. What a target adds comes from TargetSpec.passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax as rx
+
+from qcc.compiler.passes.attach_kv_cache import AttachKVCache
+from qcc.compiler.passes.attach_logit_processing import AttachLogitProcessing
+from qcc.compiler.passes.attach_metadata import AttachMetadata
+from qcc.compiler.passes.attach_sampling import AttachSampling
+from qcc.compiler.passes.bound_shapes import BoundShapes
+from qcc.compiler.passes.dump_ir import DumpIR
+from qcc.compiler.passes.hoist_repack import HoistRepack
+from qcc.compiler.passes.quantize_weights import QuantizeWeights
+
+
+def front_end(
+    quantize: QuantizeWeights,
+    kv_cache: AttachKVCache,
+    sampling: AttachSampling,
+    logits: AttachLogitProcessing,
+) -> list[Any]:
+    """Float module -> quantized module with all that clients call; still runs anywhere."""
+    return [quantize, kv_cache, sampling, logits]
+
+
+def lowering(
+    bounds: dict[str, int],
+    target_lower: Sequence[Any],
+    hoist: HoistRepack,
+    target_schedule: Sequence[Any],
+    metadata: AttachMetadata,
+    fuse: bool = True,
+) -> list[Any]:
+    """Quantized module -> VM module for one target."""
+    t = rx.transform
+    return [
+        # our kernels, and weights repacked at load
+        *target_lower,
+        hoist,
+        BoundShapes(bounds),
+        # the rest: loops, fused and scheduled
+        rx.backend.DispatchSampling(),
+        rx.backend.DispatchSortScan(),
+        t.RemoveRedundantReshape(),
+        t.EliminateCommonSubexpr(),
+        t.LegalizeOps(),
+        t.AnnotateTIROpPattern(),
+        t.FoldConstant(),
+        *([t.FuseOps(), t.FuseTIR()] if fuse else []),
+        t.DeadCodeElimination(),
+        *target_schedule,
+        # memory: planned with the bounds, reported in the metadata
+        t.RewriteDataflowReshape(),
+        t.ToNonDataflow(),
+        t.RemovePurityChecking(),
+        t.CallTIRRewrite(),
+        t.StaticPlanBlockMemory(),
+        metadata,
+        t.LowerAllocTensor(),
+        t.KillAfterLastUse(),
+        t.LowerRuntimeBuiltin(),
+        t.ComputePrimValue(),
+        t.VMShapeLower(),
+        t.AttachGlobalSymbol(),
+    ]
+
+
+def run(
+    mod: tvm.IRModule, passes: Sequence[Any], target: Any, dump: Path | None = None
+) -> tvm.IRModule:
+    """Apply the passes in order for `target`; `dump` receives the module after each."""
+    instruments = [DumpIR(dump)] if dump else []
+    with target, tvm.transform.PassContext(opt_level=3, instruments=instruments):
+        return tvm.transform.Sequential(list(passes))(mod)

@@ -1,0 +1,166 @@
+"""QuantizeWeights: float parameters become stored parameters under dequantize.
+
+Before:  W = packed[0]                      # f32[n, k]
+         y = matmul(x, permute_dims(W))
+         e = take(W, ids)
+After:   q, s = packed[0], packed[1]        # uint32[n, k/8], f16[n, k/32]
+         y = matmul(x, permute_dims(call_tir(dequantize, (q, s))))
+         e = call_tir(dequantize_rows, (q, s, ids))
+
+A floating weight stored in another dtype than the graph computes in goes through the same two
+functions (a cast is its dequantize); other floating parameters are cast. The PrimFuncs carry
+`qcc.role` and `qcc.format`: targets decide on these, and the module stays executable everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import tvm
+from tvm import relax as rx
+from tvm import te, tirx
+from tvm.relax.expr_functor import PyExprMutator, mutator
+
+from qcc.compiler.weights.spec import WeightSpec
+from qcc.quant_schemes.packing import dequantize_expr
+from qcc.quant_schemes.scheme import WeightFormat
+
+ROLE, FORMAT = "qcc.role", "qcc.format"
+
+
+def _finish(args: list[te.Tensor], role: str, fmt: WeightFormat) -> tirx.PrimFunc:
+    func = te.create_prim_func(args).without_attr("global_symbol")
+    return func.with_attr(ROLE, role).with_attr(FORMAT, fmt.as_dict())
+
+
+def _inputs(fmt: WeightFormat, n: int, k: int) -> list[te.Tensor]:
+    parts = fmt.stored(n, k)
+    return [
+        te.placeholder([tirx.IntImm("int64", d) for d in part.shape], part.dtype, name=part.suffix)
+        for part in parts
+    ]
+
+
+def _element(fmt: WeightFormat, inputs: list[te.Tensor], row: Any, col: Any, dtype: str) -> Any:
+    if fmt.is_float:
+        return inputs[0][row, col].astype(dtype)
+    return dequantize_expr(fmt, inputs[0], inputs[1], row, col, dtype)
+
+
+@cache
+def dequantize_func(fmt: WeightFormat, n: int, k: int, dtype: str) -> tirx.PrimFunc:
+    """(stored parts) -> dtype[n, k]."""
+    inputs = _inputs(fmt, n, k)
+    shape = [tirx.IntImm("int64", n), tirx.IntImm("int64", k)]
+    out = te.compute(
+        shape, lambda i, j: _element(fmt, inputs, i, j, dtype), name="dequantize"
+    )
+    return _finish([*inputs, out], "dequantize", fmt)
+
+
+@cache
+def dequantize_rows_func(fmt: WeightFormat, n: int, k: int, dtype: str) -> tirx.PrimFunc:
+    """(stored parts, ids int32[m]) -> dtype[m, k], rows `ids` clipped to the table."""
+    inputs = _inputs(fmt, n, k)
+    ids = te.placeholder([te.var("m", "int64")], "int32", name="ids")
+
+    def row(i: Any) -> Any:
+        clipped = tirx.max(tirx.min(ids[i], tirx.IntImm("int32", n - 1)), tirx.IntImm("int32", 0))
+        return clipped.astype("int64")
+
+    out = te.compute(
+        (ids.shape[0], tirx.IntImm("int64", k)),
+        lambda i, j: _element(fmt, inputs, row(i), j, dtype),
+        name="dequantize_rows",
+    )
+    return _finish([*inputs, ids, out], "dequantize_rows", fmt)
+
+
+@tvm.transform.module_pass(opt_level=0, name="QuantizeWeights")
+class QuantizeWeights:
+    """The pass; `specs` are the parameters in tuple order, their formats chosen by a scheme."""
+
+    def __init__(self, specs: Sequence[WeightSpec], dtype: str) -> None:
+        """`dtype` is what the graph computes in."""
+        self.specs = tuple(specs)
+        self.dtype = dtype
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+        """Rewrite every function that takes the packed parameters."""
+        return _Rewrite(mod, self.specs, self.dtype).run()
+
+
+@mutator
+class _Rewrite(PyExprMutator):  # type: ignore[misc]
+    def __init__(self, mod: tvm.IRModule, specs: tuple[WeightSpec, ...], dtype: str) -> None:
+        super().__init__(mod)
+        self.mod, self.specs, self.dtype = mod, specs, dtype
+        self.first: list[int] = []  # index of each weight's first stored tensor
+        fields = []
+        for spec in specs:
+            self.first.append(len(fields))
+            fields += [rx.TensorType(part.shape, part.dtype) for part in spec.stored]
+        self.stored_type = rx.TupleType(fields)
+        self.old_packed: rx.Var | None = None
+        self.new_packed: rx.Var | None = None
+        self.weight_of: dict[Any, int] = {}  # var of the old function -> index of its weight
+
+    def run(self) -> tvm.IRModule:
+        for gv, func in self.mod.functions_items():
+            if isinstance(func, rx.Function) and func.attrs and "num_input" in func.attrs:
+                self.builder_.update_func(gv, self._function(func))
+        return rx.transform.DeadCodeElimination()(self.builder_.get())
+
+    def _function(self, func: rx.Function) -> rx.Function:
+        *inputs, self.old_packed = func.params
+        self.new_packed = rx.Var(self.old_packed.name, self.stored_type)
+        self.weight_of = {}
+        self.set_var_remap(self.old_packed, self.new_packed)
+        body = self.visit_with_new_scope(func.body)
+        return rx.Function(
+            [*inputs, self.new_packed], body, func.ret_ty, func.is_pure, func.attrs
+        )
+
+    def visit_var_binding_(self, binding: rx.VarBinding) -> None:
+        value = binding.value
+        if isinstance(value, rx.TupleGetItem) and value.tuple_value.same_as(self.old_packed):
+            index = int(value.index)
+            self.weight_of[binding.var] = index
+            self.set_var_remap(binding.var, self._weight(index))
+            return
+        super().visit_var_binding_(binding)
+
+    def visit_call_(self, call: rx.Call) -> rx.Expr:
+        if call.op == tvm.ir.Op.get("relax.take") and call.args[0] in self.weight_of:
+            spec = self.specs[self.weight_of[call.args[0]]]
+            if int(call.attrs.axis) == 0 and len(spec.shape) == 2:
+                ids = self.visit_expr(call.args[1])
+                func = dequantize_rows_func(spec.format, *spec.shape, self.dtype)
+                parts = self._parts(self.weight_of[call.args[0]])
+                return self._call(func, "dequantize_rows", [*parts, ids], call.ty)
+        return super().visit_call_(call)
+
+    def _parts(self, index: int) -> list[rx.Expr]:
+        start = self.first[index]
+        return [
+            self.builder_.emit(rx.TupleGetItem(self.new_packed, start + i), part.name)
+            for i, part in enumerate(self.specs[index].stored)
+        ]
+
+    def _weight(self, index: int) -> rx.Expr:
+        """The weight in the graph's dtype."""
+        spec = self.specs[index]
+        parts = self._parts(index)
+        if len(spec.shape) == 2 and (not spec.format.is_float or spec.format.dtype != self.dtype):
+            func = dequantize_func(spec.format, *spec.shape, self.dtype)
+            out = rx.TensorType(spec.shape, self.dtype)
+            return self.builder_.emit(self._call(func, "dequantize", parts, out))
+        if spec.format.dtype != self.dtype:
+            return self.builder_.emit(rx.op.astype(parts[0], self.dtype))
+        return parts[0]
+
+    def _call(self, func: tirx.PrimFunc, name: str, args: list[rx.Expr], ty: Any) -> rx.Expr:
+        gv = self.builder_.add_func(func, name)
+        return rx.call_tir(gv, args, out_ty=ty)

@@ -1,0 +1,94 @@
+"""The sizes that a library is built for, from the config's limits and the user's flags."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from qcc.compiler.config import ModelConfig
+from qcc.runtime.errors import QccError
+
+DEFAULT_CONTEXT = 8192
+DEFAULT_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Exactly one of context_window_size and sliding_window_size is positive, the other -1.
+
+    All in tokens, but for max_batch_size (sequences). They bound the memory plan.
+    """
+
+    context_window_size: int
+    sliding_window_size: int
+    attention_sink_size: int
+    prefill_chunk_size: int
+    max_batch_size: int
+
+    @property
+    def max_positions(self) -> int:
+        """The most tokens that a sequence holds in the cache."""
+        return max(self.context_window_size, self.sliding_window_size)
+
+    def as_dict(self) -> dict[str, int]:
+        """The fields by name."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class SizeFlags:
+    """What the user asked for; None: not said."""
+
+    context_window: int | None = None
+    sliding_window: int | None = None
+    attention_sink: int | None = None
+    prefill_chunk: int | None = None
+    max_batch: int | None = None
+
+
+def choose_sizes(config: ModelConfig, flags: SizeFlags, default_chunk: int) -> Sizes:
+    """Resolve flags against the model's limits and each other.
+
+    Raises:
+        QccError: a size that is not positive, beyond the model's limit, or in conflict.
+    """
+    for field in dataclasses.fields(flags):
+        value = getattr(flags, field.name)
+        minimum = 0 if field.name == "attention_sink" else 1
+        if value is not None and value < minimum:
+            raise QccError(f"--{field.name.replace('_', '-')} {value}: must be {minimum} or more")
+    limit = config.max_position_embeddings
+    if flags.context_window is not None and flags.context_window > limit:
+        raise QccError(
+            f"--context-window {flags.context_window} exceeds the model's "
+            f"max_position_embeddings {limit}; use {limit} or less"
+        )
+    context = flags.context_window or min(limit, DEFAULT_CONTEXT)
+    window = flags.sliding_window or config.sliding_window
+    if (
+        flags.sliding_window
+        and config.sliding_window
+        and flags.sliding_window > config.sliding_window
+    ):
+        raise QccError(
+            f"--sliding-window {flags.sliding_window} exceeds the window of "
+            f"{config.sliding_window} that the model was trained with"
+        )
+    # A window that the context never fills is full attention.
+    sliding = window is not None and window < (flags.context_window or limit)
+    sink = flags.attention_sink or 0
+    if sink and not sliding:
+        raise QccError("--attention-sink needs a sliding window (--sliding-window N)")
+    positions = window if sliding and window is not None else context
+    if sink >= positions:
+        raise QccError(f"--attention-sink {sink} must be below the sliding window {positions}")
+    chunk = flags.prefill_chunk or min(positions, default_chunk)
+    if chunk > context and not sliding:
+        raise QccError(f"--prefill-chunk {chunk} exceeds the context window {context}")
+    return Sizes(
+        context_window_size=-1 if sliding else context,
+        sliding_window_size=positions if sliding else -1,
+        attention_sink_size=sink if sliding else -1,
+        prefill_chunk_size=chunk,
+        max_batch_size=flags.max_batch or DEFAULT_BATCH,
+    )

@@ -1,0 +1,65 @@
+"""MODEL on the command line -> a local checkpoint folder, and the checksum of what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from qcc.runtime.errors import QccError
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "*.txt"]
+_CHUNK = 1 << 22
+
+
+def locate(model: str, allow_pickle: bool = False) -> Path:
+    """A local folder as it is; a hub id through huggingface_hub, if installed and online.
+
+    Raises:
+        QccError: neither a folder nor a model that can be downloaded.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise QccError(f"{model} is a file; give the checkpoint's folder (with its config.json)")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise QccError(f"{model}: no such folder, and not a hub id of the form organization/name")
+    return _download(model, allow_pickle)
+
+
+def _download(model: str, allow_pickle: bool) -> Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as err:
+        raise QccError(
+            f"{model}: no such folder; to download it from the hub: pip install 'qcc[hub]'"
+        ) from err
+    patterns = WANTED + (["pytorch_model*.bin"] if allow_pickle else [])
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as err:
+        first = str(err).strip().splitlines()[0] if str(err).strip() else type(err).__name__
+        raise QccError(
+            f"{model}: no such folder, and it could not be downloaded from the hub ({first}); "
+            "download the checkpoint elsewhere and give its folder"
+        ) from err
+
+
+def checksum(folder: Path) -> str:
+    """sha256 over config.json and every weight file, names and contents."""
+    digest = hashlib.sha256()
+    files = [folder / "config.json"]
+    for pattern in WEIGHT_FILES:
+        files += sorted(folder.glob(pattern))
+    for path in files:
+        digest.update(path.name.encode())
+        try:
+            with path.open("rb") as stream:
+                while chunk := stream.read(_CHUNK):
+                    digest.update(chunk)
+        except OSError as err:
+            raise QccError(f"{path}: {err.strerror}") from err
+    return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""What a compile tells while it works: one line a step, with its time and what it made."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+
+class Step:
+    """One step under way; `note` is printed behind its time."""
+
+    def __init__(self, name: str) -> None:
+        """Start the clock."""
+        self.name = name
+        self.note = ""
+        self.started = time.perf_counter()
+
+
+class Steps:
+    """Prints steps to a stream (None: nothing), a progress line only on a terminal."""
+
+    def __init__(self, stream: TextIO | None = sys.stderr) -> None:
+        """Remember where to print."""
+        self.stream = stream
+        self.times: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Step]:
+        """Time a step and print its line when it is done."""
+        step = Step(name)
+        self._transient(f"{name} ...")
+        yield step
+        seconds = time.perf_counter() - step.started
+        self.times[name] = seconds
+        self._line(f"  {name:<28}{seconds:7.1f} s  {step.note}".rstrip())
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """Show how far a long step is; `done` and `total` in bytes."""
+        if total:
+            self._transient(f"{name} {done / total:4.0%}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+    def _transient(self, text: str) -> None:
+        if self.stream is not None and self.stream.isatty():
+            self.stream.write(f"\r\x1b[K  {text}")
+            self.stream.flush()
+
+    def _line(self, text: str) -> None:
+        if self.stream is not None:
+            lead = "\r\x1b[K" if self.stream.isatty() else ""
+            self.stream.write(f"{lead}{text}\n")
+            self.stream.flush()

@@ -1,0 +1,136 @@
+"""Processor names, cross compiling and linking of the CPU target's shared library."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qcc.runtime.errors import QccError
+from qcc.targets.spec import BuildOptions
+
+HOST_TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
+CROSS_LINKERS = {"x86_64": "x86_64-linux-gnu-gcc", "aarch64": "aarch64-linux-gnu-gcc"}
+
+
+def resolve(options: BuildOptions) -> tuple[Any, str]:
+    """(tvm Target, library suffix `cpu-<mcpu>`) for a host or a named processor.
+
+    Raises:
+        QccError: a processor or triple that LLVM does not know.
+    """
+    import tvm
+
+    triple = options.triple or tvm.target.codegen.llvm_get_system_triple()
+    machine = _machine(triple)
+    native = options.mcpu == "native"
+    if native and machine != platform.machine():
+        raise QccError(
+            f"--mcpu native means this machine ({platform.machine()}); with --triple {triple} "
+            "name a processor, as --mcpu cortex-a76"
+        )
+    mcpu = str(tvm.target.codegen.llvm_get_system_cpu()) if native else options.mcpu
+    known = [str(name) for name in tvm.target.codegen.llvm_get_cpu_archlist(_probe(triple))]
+    if mcpu not in known:
+        from difflib import get_close_matches
+
+        close = get_close_matches(mcpu, known, n=3)
+        raise QccError(
+            f"--mcpu {mcpu!r} is not a processor that LLVM knows for {triple}"
+            + (f"; close: {', '.join(close)}" if close else "")
+        )
+    description: dict[str, Any] = {"kind": "llvm", "mcpu": mcpu}
+    if options.triple or machine != platform.machine():
+        description["mtriple"] = triple
+    if native:
+        description["mattr"] = _host_attributes(mcpu)
+        if not description["mattr"]:
+            del description["mattr"]
+    return tvm.target.Target(description), f"cpu-{mcpu}"
+
+
+def _machine(triple: str) -> str:
+    machine = triple.split("-")[0]
+    machine = {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
+    if machine not in HOST_TRIPLES:
+        raise QccError(f"--triple {triple!r}: supported processors are x86_64 and aarch64")
+    return machine
+
+
+def _probe(triple: str) -> Any:
+    import tvm
+
+    return tvm.target.Target({"kind": "llvm", "mtriple": triple})
+
+
+def _host_attributes(mcpu: str) -> list[str]:
+    """Features that LLVM's description of `mcpu` has and this machine lacks, switched off.
+
+    A virtual machine often hides some: code for the bare name would then stop with SIGILL.
+    """
+    import tvm
+
+    flags = _cpu_flags()
+    if not flags:
+        return []
+    named = tvm.target.Target({"kind": "llvm", "mcpu": mcpu})
+    checked = {
+        "avx512f": "avx512f", "avx512bw": "avx512bw", "avx512vl": "avx512vl",
+        "avx512dq": "avx512dq", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16",
+        "avx512fp16": "avx512_fp16", "avxvnni": "avx_vnni", "amx-tile": "amx_tile",
+        "amx-int8": "amx_int8", "amx-bf16": "amx_bf16", "avx2": "avx2", "fma": "fma",
+        "f16c": "f16c",
+    }  # fmt: skip
+    return [
+        f"-{feature}"
+        for feature, flag in checked.items()
+        if flag not in flags and tvm.target.codegen.llvm_cpu_has_features(feature, named)
+    ]
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def find_linker(machine: str) -> str | None:
+    """A program that links shared objects for `machine`, or None."""
+    names = ["cc", "gcc", "clang"] if machine == platform.machine() else [CROSS_LINKERS[machine]]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def export(executable: Any, path: Path, options: BuildOptions) -> None:
+    """Write the compiled VM executable as a shared library at `path`.
+
+    Raises:
+        QccError: no linker, or the linker failed; the message says which package has it.
+    """
+    machine = _machine(options.triple) if options.triple else platform.machine()
+    linker = find_linker(machine)
+    if linker is None:
+        needed = "gcc" if machine == platform.machine() else f"gcc-{machine.replace('_', '-')}-linux-gnu"
+        raise QccError(f"no linker for {machine} shared objects: install Debian's package {needed}")
+
+    def link(output: str, objects: list[str], **_: Any) -> None:
+        command = [linker, "-shared", "-fPIC", "-o", output, *objects]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise QccError(f"{linker} failed: {done.stderr.strip().splitlines()[-1:]}")
+
+    with tempfile.TemporaryDirectory() as work:
+        executable.export_library(str(path), fcompile=_with_format(link), workspace_dir=work)
+
+
+def _with_format(link: Any) -> Any:
+    """export_library asks its link function what objects it takes."""
+    link.object_format = "o"
+    return link

@@ -1,0 +1,54 @@
+"""Isa: what a processor's vector unit looks like to our kernels, read from the LLVM target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import tvm
+
+
+@dataclass(frozen=True)
+class Isa:
+    """Vector width and register tile; the kernel family is parametrized by these alone.
+
+    `lanes` f32 numbers in a vector; `table_lookup`: one instruction permutes 16 f32 by 4-bit
+    indices (AVX-512 vpermps), which turns codes of up to 4 bits straight into numbers. A GEMM
+    micro-tile keeps `tile_m` x `tile_n` vectors of accumulators in registers.
+    """
+
+    lanes: int
+    table_lookup: bool
+    tile_m: int
+    tile_n: int
+
+
+AVX512 = Isa(lanes=16, table_lookup=True, tile_m=6, tile_n=4)
+AVX2 = Isa(lanes=8, table_lookup=False, tile_m=6, tile_n=2)
+NEON = Isa(lanes=4, table_lookup=False, tile_m=6, tile_n=4)
+SSE = Isa(lanes=4, table_lookup=False, tile_m=6, tile_n=2)
+
+
+def isa_of(target: tvm.target.Target) -> Isa:
+    """The widest description whose instructions the target has."""
+
+    def has(feature: str) -> bool:
+        return bool(tvm.target.codegen.llvm_cpu_has_features(feature, target))
+
+    if "aarch64" in str(target.attrs.get("mtriple", "")) or "arm64" in str(
+        target.attrs.get("mtriple", "")
+    ):
+        return NEON
+    if has("avx512f"):
+        return AVX512
+    if has("avx2") and has("fma"):
+        return AVX2
+    return SSE
+
+
+def vector(isa: Isa, dtype: str) -> str:
+    """The vector type of `dtype` with the unit's lanes, as `float32x16`."""
+    return f"{dtype}x{isa.lanes}"
+
+
+Expr = Any

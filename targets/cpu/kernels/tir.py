@@ -1,0 +1,104 @@
+"""Small helpers around TVM's IR builder: kernels are Python functions that emit TIR."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+OPAQUE = 8  # op_pattern: fusion leaves the kernel alone
+MAX_STACK_BYTES = 1024  # TVM keeps a local buffer of up to this size on the stack
+
+
+def i64(value: int) -> tirx.IntImm:
+    """An int64 constant; FuseTIR wants int64 extents everywhere."""
+    return tirx.IntImm("int64", value)
+
+
+def kernel(
+    name: str,
+    args: Sequence[tuple[str, tuple[Any, ...], str]],
+    body: Callable[..., None],
+    attrs: dict[str, Any],
+) -> tirx.PrimFunc:
+    """A scheduled PrimFunc whose last argument is written and the others read.
+
+    Args:
+        name: of the block, which survives fusion and shows in profiles.
+        args: (name, shape, dtype) of each buffer; extents are ints or int64 variables.
+        body: called with the buffers, emits the statements.
+        attrs: attributes such as qcc.role.
+    """
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True, private=True):
+            T.func_attr(
+                {"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": OPAQUE, **attrs}
+            )
+            buffers = [
+                T.arg(arg, T.buffer(extents(shape), dtype, layout=None))
+                for arg, shape, dtype in args
+            ]
+            with T.sblock("root"):
+                with T.sblock(name):
+                    T.reads(*(_whole(buffer) for buffer in buffers[:-1]))
+                    T.writes(_whole(buffers[-1]))
+                    body(*buffers)
+    return builder.get()
+
+
+def extents(shape: Sequence[Any]) -> tuple[Any, ...]:
+    """A shape with ints as int64 constants."""
+    return tuple(i64(d) if isinstance(d, int) else d for d in shape)
+
+
+def _whole(buffer: Any) -> Any:
+    return buffer[tuple(slice(0, extent) for extent in buffer.shape)]
+
+
+def serial(stop: Any) -> Any:
+    """A serial loop over int64 0..stop."""
+    return T.serial(i64(0), i64(stop) if isinstance(stop, int) else stop)
+
+
+def parallel(stop: Any) -> Any:
+    """A loop split over the thread pool."""
+    return T.parallel(i64(0), i64(stop) if isinstance(stop, int) else stop)
+
+
+def lanes_from(start: Any, lanes: int) -> Any:
+    """The index vector start, start + 1, ...; a scalar index for one lane."""
+    start = i64(start) if isinstance(start, int) else start
+    return T.ramp(start, 1, lanes) if lanes > 1 else start
+
+
+def splat(value: Any, lanes: int) -> Any:
+    """A scalar in every lane."""
+    return T.broadcast(value, lanes) if lanes > 1 else value
+
+
+def fma(a: Any, b: Any, c: Any, vtype: str) -> Any:
+    """a * b + c, rounded once."""
+    return T.call_llvm_pure_intrin(vtype, "llvm.fma", a, b, c)
+
+
+def zeros(lanes: int) -> Any:
+    """A vector of f32 zeros."""
+    return splat(T.float32(0), lanes)
+
+
+def registers(count: int, lanes: int) -> list[Any]:
+    """`count` local vectors of f32 lanes, each its own buffer so that LLVM keeps it in a register."""
+    return [
+        T.alloc_buffer((1,), f"float32x{lanes}", scope="local", layout=None) for _ in range(count)
+    ]
+
+
+def tree_sum(values: list[Any]) -> Any:
+    """The sum of vectors in a balanced tree, bound to names level by level."""
+    while len(values) > 1:
+        pairs = [T.bind(a + b) for a, b in zip(values[::2], values[1::2], strict=False)]
+        values = pairs + values[len(pairs) * 2 :]
+    return values[0]
