@@ -198,9 +198,10 @@ def load_scheme(name_or_path: str) -> Scheme:
     if not re.fullmatch(r"[A-Za-z0-9_]+", name_or_path) or not path.is_file():
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
+            hint = did_you_mean(name_or_path, list_schemes())
             raise SchemeError(
-                f"--quant: unknown scheme {name_or_path!r}"
-                f"{did_you_mean(name_or_path, list_schemes())}; shipped: {', '.join(list_schemes())}; or a path to a .yaml file"
+                f"--quant: unknown scheme {name_or_path!r}{hint}; "
+                f"shipped: {', '.join(list_schemes())}; or a path to a .yaml file"
             )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
