@@ -112,7 +112,7 @@ def memory() -> dict[str, int]:
 
 def storage() -> dict[str, Any]:
     """The cache folder, its size and what is free on its disk, in bytes."""
-    from qcc.runtime.artifact import cache_dir
+    from qcc.runtime.files import cache_dir
 
     folder = cache_dir()
     existing = folder

@@ -102,7 +102,10 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*map(_cell, row.values()))
     width = None if sys.stdout.isatty() else 200
-    Console(width=width, highlight=False, markup=False).print(table)
+    console = Console(width=width, highlight=False, markup=False)
+    with console.capture() as capture:  # rich would end the program when a pipe closes
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def _cell(value: Any) -> str:

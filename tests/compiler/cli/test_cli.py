@@ -1,0 +1,234 @@
+"""The command line: fast and light help, one-line errors, exit codes, JSON."""
+
+import argparse
+import errno
+import importlib
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcc.compiler import cli
+from qcc.quant_schemes.errors import SchemeError
+from qcc.runtime.errors import QccError
+from qcc.targets import find_target, list_targets
+
+QCC = [sys.executable, "-m", "qcc.compiler.cli"]
+
+
+def test_help_is_fast_and_lists_the_verbs_in_order(tmp_path: Path) -> None:
+    """Best of five under 0.3 s of wall time, the interpreter's start included."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([*QCC, "--help"], cwd=tmp_path, capture_output=True, text=True)
+        times.append(time.perf_counter() - start)
+    assert done.returncode == 0, done.stderr
+    assert min(times) < 0.3
+    lines = done.stdout.split("verbs:")[1].splitlines()
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert listed == [*cli.verbs()]
+    assert {"list", "doctor"} <= set(listed)
+    known = [verb for verb in listed if verb in cli.ORDER]
+    assert known == sorted(known, key=cli.ORDER.index)
+
+
+@pytest.mark.parametrize("verb", ["", *cli.verbs()])
+def test_help_imports_nothing_heavy(verb: str, tmp_path: Path) -> None:
+    """Help needs no TVM, no numpy, no torch: not the listing's, not a verb's."""
+    code = (
+        "import sys\nfrom qcc.compiler.cli import main\n"
+        f"status = main({[verb, '--help'] if verb else ['--help']})\n"
+        "heavy = {'tvm', 'tvm_ffi', 'numpy', 'torch', 'yaml', 'rich'} & set(sys.modules)\n"
+        "assert status == 0 and not heavy, (status, heavy)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", cli.verbs())
+def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It shows HELP, every default and choice, and the example, whose lines parse."""
+    module = importlib.import_module(f"qcc.compiler.cli.{verb}")
+    parser, _ = cli.verb_parser(verb)
+    assert cli.main([verb, "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert " ".join(module.HELP.split()) in shown
+    assert "\n" not in module.HELP
+    for action in parser._actions:
+        assert action.help, f"{verb}: {action.dest} has no help"
+        if action.option_strings and action.default not in (None, False, argparse.SUPPRESS, [], ()):
+            assert str(action.default) in shown
+        for choice in action.choices or ():
+            assert str(choice) in shown
+    lines = module.EXAMPLE.strip().splitlines()
+    assert any(line.strip().startswith(f"qcc {verb}") for line in lines)
+    for line in lines:
+        assert line.strip() in shown or " ".join(line.split()) in shown
+        words = shlex.split(line.split(" | ")[0].split(" > ")[0], comments=True)
+        if words[:1] == ["qcc"]:
+            cli.verb_parser(words[1])[0].parse_all(words[2:])
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "text"),
+    [
+        (["docter"], 2, "qcc: error: unknown verb 'docter' (did you mean 'doctor'?); verbs: "),
+        (["xyzzy"], 2, "qcc: error: unknown verb 'xyzzy'; verbs: "),
+        (["--verson"], 2, "qcc: error: unknown option --verson (did you mean '--version'?)"),
+        (["list", "schemes", "--jsn"], 2, "unknown option --jsn (did you mean '--json'?)"),
+        (["list", "schemes", "--js"], 2, "unknown option --js"),
+        (["list", "schemes", "extra"], 2, "qcc list: error: unknown argument extra"),
+        (["list", "bogus"], 2, "invalid choice: 'bogus' (choose from"),
+    ],
+)  # fmt: skip
+def test_usage_errors(
+    argv: list[str], status: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line on stderr that says what is allowed, and 2."""
+    assert cli.main(argv) == status
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert text in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_no_verb_prints_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """`qcc` alone is a mistake, but a helpful one."""
+    assert cli.main([]) == 2
+    assert "verbs:" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """qcc's version and those of the two TVM wheels."""
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "qcc 0.1.0 (apache-tvm 0.27.0.post1, apache-tvm-ffi 0.1"
+    )
+
+
+ERRORS = [
+    (QccError("config.json: no\nhidden_size"), 2, "qcc: error: config.json: no hidden_size\n"),
+    (SchemeError("--quant: unknown"), 2, "qcc: error: --quant: unknown\n"),
+    (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 2,
+     "qcc: error: /x/y: No space left on device\n"),
+    (KeyboardInterrupt(), 130, "\nqcc: interrupted\n"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "status", "text"), ERRORS)
+def test_errors_of_a_verb(
+    error: BaseException,
+    status: int,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A user's mistake is one line, no traceback; QCC_TRACEBACK=1 shows it."""
+    verb = importlib.import_module("qcc.compiler.cli.doctor")
+
+    def run(args: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr(verb, "run", run)
+    monkeypatch.delenv("QCC_TRACEBACK", raising=False)
+    assert cli.main(["doctor"]) == status
+    assert capsys.readouterr().err == text
+    monkeypatch.setenv("QCC_TRACEBACK", "1")
+    assert cli.main(["doctor"]) == status
+    assert ("Traceback" in capsys.readouterr().err) == (status == 2)
+
+
+def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anything else passes through: it is to be reported."""
+    verb = importlib.import_module("qcc.compiler.cli.doctor")
+    monkeypatch.setattr(verb, "run", lambda args: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    """`qcc list schemes | head -0` prints nothing on stderr."""
+    command = [*QCC, "list", "schemes"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+
+
+def listed(what: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """What `qcc list WHAT --json` prints."""
+    assert cli.main(["list", what, "--json"]) == 0
+    rows: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    return rows
+
+
+def test_list_schemes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bits a weight count the scales: 4 + 16/32, and a 3-bit word holds 10 codes in 32 bits."""
+    rows = {row["scheme"]: row for row in listed("schemes", capsys)}
+    bits = ("linear bits", "embedding bits", "lm_head bits")
+    assert [rows["q4f16_1"][key] for key in bits] == [4.5, 4.5, 4.5]
+    assert [rows["q4f16_2"][key] for key in bits] == [4.5, 16, 16]
+    assert rows["q3f16_1"]["linear bits"] == pytest.approx(3.2 + 16 / 40)
+    assert rows["q0f32"]["linear bits"] == 32
+    assert rows["q3f16_0"]["layout"] == "KN"
+
+
+def test_list_models_and_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    """The folders' contents, each with a description."""
+    models = {row["model"]: row for row in listed("models", capsys)}
+    assert models["llama"]["classes"] == ["LlamaForCausalLM"]
+    targets = {row["target"]: row for row in listed("targets", capsys)}
+    assert [*targets] == list_targets()
+    assert all(row["description"] for row in [*models.values(), *targets.values()])
+
+
+def test_tables_align_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line a row, columns one below the other."""
+    assert cli.main(["list", "schemes"]) == 0
+    header, *rows = capsys.readouterr().out.rstrip("\n").split("\n")
+    column = header.index("description")
+    assert len(rows) == len(listed("schemes", capsys))
+    assert all(row[column - 1] == " " and row[column] != " " for row in rows)
+
+
+def test_unknown_target() -> None:
+    """find_target names the closest."""
+    with pytest.raises(QccError, match=r"unknown target 'cpuu' \(did you mean 'cpu'\?\)"):
+        find_target("cpuu")
+
+
+def test_doctor_json(tmp_path: Path) -> None:
+    """Where the tests run, the CPU target builds and runs a program."""
+    done = subprocess.run([*QCC, "doctor", "--json"], cwd=tmp_path, capture_output=True, text=True)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0, done.stdout
+    assert report["ok"] is True
+    cpu = next(row for row in report["targets"] if row["target"] == "cpu")
+    assert cpu == {"target": "cpu", "machine": "this one", "builds": True, "runs": True, "note": ""}
+    assert {"apache-tvm", "apache-tvm-ffi"} <= {row["name"] for row in report["packages"]}
+    assert all(row["ok"] for row in report["packages"])
+    assert report["cpu"]["cores"] >= 1 and report["memory"]["total"] > 0
+    assert report["llvm"]["version"] >= 20 and "aarch64" in report["llvm"]["backends"]
+
+
+def test_doctor_compares_versions() -> None:
+    """Pins are exact, lower bounds compare as numbers, a local label is ignored."""
+    from qcc.compiler.cli._machine import satisfies
+
+    assert satisfies("0.27.0.post1", "==0.27.0.post1")
+    assert not satisfies("0.27.0", "==0.27.0.post1")
+    assert satisfies("0.10", ">=0.9.1")
+    assert not satisfies("0.8.12", ">=0.9.1")
+    assert satisfies("2.13.0+cpu", "==2.13.0")
+    assert not satisfies(None, "")
