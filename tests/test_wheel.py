@@ -69,10 +69,6 @@ def test_imports_come_from_the_wheel(installed: Path, tmp_path: Path) -> None:
 
 def test_quickstart_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     """`qcc quickstart` compiles the bundled model and tells a story."""
-    variables = {
-        "PYTHONPATH": str(installed),
-        "XDG_CACHE_HOME": str(tmp_path),
-        "HOME": str(tmp_path),
-    }
+    variables = {"PYTHONPATH": str(installed), "QCC_CACHE": str(tmp_path)}
     out = run([str(installed / "bin" / "qcc"), "quickstart"], tmp_path, **variables)
     assert len(out.split()) > 20
