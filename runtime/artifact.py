@@ -17,9 +17,9 @@ import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,10 +30,12 @@ from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir, checksum, os_errors, read_json, write_file
 
 FORMAT = 1
-MANIFEST, CHAT_CONFIG, TENSOR_CACHE = "qcc.json", "mlc-chat-config.json", "tensor-cache.json"
+QCC_JSON, CHAT_CONFIG, TENSOR_CACHE = "qcc.json", "mlc-chat-config.json", "tensor-cache.json"
 DTYPE_BYTES = {"uint32": 4, "float32": 4, "float16": 2, "bfloat16": 2}
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name of the file
 _RECOMPILE = "compile the model again with qcc compile"
+# What wrong JSON raises while it is taken apart.
+_MALFORMED = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,15 @@ class LibraryFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """qcc.json. `tensors` maps stored names to {"bits", "group", "dtype", "layout"}."""
+    """qcc.json of an artifact that opened. `tensors` maps stored names to their formats."""
 
-    qcc: str
-    tvm: str
     source: Mapping[str, Any]
     scheme: str
     method: str
     tensors: Mapping[str, Mapping[str, Any]]
     sizes: Mapping[str, int]
     libraries: Mapping[str, LibraryFile]
-    quality: Mapping[str, Any] | None = field(default=None)
+    quality: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,68 +93,92 @@ def running_versions() -> dict[str, str]:
     }
 
 
-def library_file(folder: Path, file: str) -> LibraryFile:
-    """The entry of a library that lies at `file`, a path within the folder."""
-    path = folder / file
-    return LibraryFile(file, checksum(path, "sha256"), path.stat().st_size)
+def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
+    """Size in bytes of a stored tensor."""
+    return math.prod(shape) * DTYPE_BYTES[dtype]
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write qcc.json; do it last, since a folder without it does not open."""
-    data = {"format": FORMAT, **asdict(manifest)}
-    if manifest.quality is None:
-        del data["quality"]
-    write_file(folder / MANIFEST, json.dumps(data, indent=1) + "\n")
+def library_entry(folder: Path, path: Path) -> dict[str, Any]:
+    """The entry in qcc.json of a library that lies at `path` within the folder."""
+    file = path.relative_to(folder).as_posix()
+    return asdict(LibraryFile(file, checksum(path, "sha256"), path.stat().st_size))
 
 
-def read_manifest(folder: Path, versions: Mapping[str, str] | None = None) -> Manifest:
-    """Read qcc.json and compare its versions with `versions` (those of this environment).
+def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
+    """Write qcc.json; do it last, since a folder without it does not open.
+
+    Args:
+        folder: of the artifact.
+        fields: those of Manifest, as JSON; format and versions are added.
+    """
+    data = {"format": FORMAT, **running_versions(), **fields}
+    _parse_manifest(data)
+    write_file(folder / QCC_JSON, json.dumps(data, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The object in qcc.json, as it stands; `Artifact.open` checks it.
 
     Raises:
-        QccError: no such folder or file, not readable, made by other versions.
+        QccError: no such folder, no such file, no JSON object.
     """
-    path = folder / MANIFEST
+    path = folder / QCC_JSON
     if not folder.is_dir():
         raise QccError(f"{folder}: no such folder; give the folder that qcc compile wrote")
     if not path.exists():
         raise QccError(
-            f"{folder}: not a qcc artifact (or an interrupted compile): it has no {MANIFEST}; "
+            f"{folder}: not a qcc artifact (or an interrupted compile): it has no {QCC_JSON}; "
             f"{_RECOMPILE}"
         )
-    data = read_json(path, _RECOMPILE)
-    if data.get("format") != FORMAT:
+    return read_json(path, _RECOMPILE)
+
+
+def check_versions(
+    manifest: Mapping[str, Any], folder: Path, versions: Mapping[str, str] | None = None
+) -> None:
+    """Refuse an artifact of another format, or of other versions than those installed.
+
+    Raises:
+        QccError: names both versions.
+    """
+    path = folder / QCC_JSON
+    if manifest.get("format") != FORMAT:
         raise QccError(
-            f"{path}: format {data.get('format')!r}, this qcc reads format {FORMAT}; {_RECOMPILE}"
+            f"{path}: format {manifest.get('format')!r}, this qcc reads format {FORMAT}; "
+            f"{_RECOMPILE}"
         )
     for package, running in (versions or running_versions()).items():
-        if data.get(package) != running:
+        found = manifest.get(package)
+        if found != running:
             raise QccError(
-                f"{path}: compiled with {package} {data.get(package)!r}, but {running} is "
-                f"installed; {_RECOMPILE}, or install {package} {data.get(package)!r}"
+                f"{path}: compiled with {package} {found!r}, but {running!r} is installed; "
+                f"{_RECOMPILE}, or install {package} {found!r}"
             )
-    data.pop("format")
-    try:
-        libraries = {str(k): LibraryFile(**v) for k, v in data.pop("libraries").items()}
-        manifest = Manifest(libraries=libraries, **data)
-        _check_types(manifest)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as err:
-        raise QccError(f"{path}: not the qcc.json of format {FORMAT}: {err}; {_RECOMPILE}") from err
-    return manifest
 
 
-def _check_types(manifest: Manifest) -> None:
+def _parse_manifest(data: Mapping[str, Any]) -> Manifest:
+    """A manifest whose fields have their types.
+
+    Raises:
+        ArithmeticError, AttributeError, KeyError, TypeError, ValueError: they have not.
+    """
+    values = {key: data[key] for key in data if key not in ("format", "qcc", "tvm")}
+    libraries = {str(k): LibraryFile(**v) for k, v in values.pop("libraries").items()}
+    manifest = Manifest(libraries=libraries, **values)
     for name in ("source", "tensors", "sizes"):
         if not isinstance(getattr(manifest, name), dict):
             raise ValueError(f"{name} is no object")
-    for item in fields(manifest):
-        if item.type == "str" and not isinstance(getattr(manifest, item.name), str):
-            raise ValueError(f"{item.name} is no string")
+    if not isinstance(manifest.scheme, str) or not isinstance(manifest.method, str):
+        raise ValueError("scheme or method is no string")
     for name, size in manifest.sizes.items():
         if type(size) is not int:
             raise ValueError(f"sizes[{name}] is {size!r}, no whole number")
     for name, library in manifest.libraries.items():
-        if type(library.bytes) is not int or not isinstance(library.sha256, str):
-            raise ValueError(f"libraries[{name}] has no size or no sha256")
+        if not (isinstance(library.file, str) and isinstance(library.sha256, str)):
+            raise ValueError(f"libraries[{name}] has no file or no sha256")
+        if type(library.bytes) is not int:
+            raise ValueError(f"libraries[{name}] has no size")
+    return manifest
 
 
 class Artifact:
@@ -183,12 +207,18 @@ class Artifact:
             QccError: anything missing, unreadable, of other versions or of another size.
         """
         folder = Path(folder)
-        manifest = read_manifest(folder, versions)
+        path = folder / QCC_JSON
+        data = read_manifest(folder)
+        check_versions(data, folder, versions)
+        try:
+            manifest = _parse_manifest(data)
+        except _MALFORMED as err:
+            raise QccError(f"{path}: {_what(err)}; {_RECOMPILE}") from err
         chat_config = read_json(_existing(folder / CHAT_CONFIG), _RECOMPILE)
         shards, records = _read_tensor_cache(folder)
         for name, library in manifest.libraries.items():
-            path = _inside(folder, library.file, f"{folder / MANIFEST}: libraries[{name}]")
-            _check_size(path, library.bytes)
+            file = _inside(folder, library.file, f"{path}: libraries[{name}]")
+            _check_size(file, library.bytes)
         return cls(folder, manifest, chat_config, shards, records)
 
     def libraries(self, target: str) -> dict[str, Path]:
@@ -316,9 +346,8 @@ def _read_tensor_cache(folder: Path) -> tuple[tuple[Shard, ...], dict[str, Tenso
                 if record.name in records:
                     raise ValueError(f"tensor {record.name!r} appears twice")
                 records[record.name] = record
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as err:
-        what = f"key {err} is missing" if isinstance(err, KeyError) else str(err)
-        raise QccError(f"{path}: {what}; {_RECOMPILE}") from err
+    except _MALFORMED as err:
+        raise QccError(f"{path}: {_what(err)}; {_RECOMPILE}") from err
     return tuple(shards), records
 
 
@@ -358,6 +387,10 @@ def _stored_dtype(record: TensorRecord) -> np.dtype[Any]:
         return np.dtype(np.uint16)
     bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
     return bfloat16
+
+
+def _what(err: Exception) -> str:
+    return f"key {err} is missing" if isinstance(err, KeyError) else str(err)
 
 
 def _existing(path: Path) -> Path:

@@ -25,7 +25,7 @@ from qcc.compiler.weights.checkpoint import ITEMSIZE, Checkpoint
 from qcc.compiler.weights.shards import ShardWriter
 from qcc.compiler.weights.spec import WeightSpec
 from qcc.quant_schemes.packing import in_layout
-from qcc.runtime.artifact import DTYPE_BYTES, TensorRecord
+from qcc.runtime.artifact import TensorRecord, tensor_bytes
 from qcc.runtime.errors import QccError
 
 Array = npt.NDArray[Any]
@@ -72,9 +72,7 @@ def convert_weights(
     _check(checkpoint, specs, ignored)
     sources = [source for spec in specs for source in spec.sources]
     total = sum(math.prod(s.shape) * ITEMSIZE[checkpoint.dtype(s.name)] for s in sources)
-    stored = sum(
-        math.prod(part.shape) * DTYPE_BYTES[part.dtype] for spec in specs for part in spec.stored
-    )
+    stored = sum(tensor_bytes(part.shape, part.dtype) for spec in specs for part in spec.stored)
     done = 0
 
     def advance(nbytes: int, name: str) -> None:

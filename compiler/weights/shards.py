@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy.typing as npt
 
 from qcc.compiler.weights.spec import StoredTensor
-from qcc.runtime.artifact import DTYPE_BYTES, MANIFEST, TENSOR_CACHE, TensorRecord
+from qcc.runtime.artifact import QCC_JSON, TENSOR_CACHE, TensorRecord, tensor_bytes
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import os_errors, remove_stale, temporary_name, write_file
 
@@ -110,7 +109,7 @@ class ShardWriter:
         Raises:
             QccError: the disk is full or refuses.
         """
-        nbytes = math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+        nbytes = tensor_bytes(tensor.shape, tensor.dtype)
         shard = self._shard_for(nbytes)
         record = TensorRecord(
             tensor.name, tensor.shape, tensor.dtype, shard.path.name, shard.nbytes, nbytes
@@ -147,7 +146,7 @@ class ShardWriter:
             "records": entries,
         }
         with os_errors(self.folder, "replace the weights"):
-            for name in (MANIFEST, TENSOR_CACHE):
+            for name in (QCC_JSON, TENSOR_CACHE):
                 (self.folder / name).unlink(missing_ok=True)
             for old in self.folder.glob("params_shard_*.bin"):
                 old.unlink()
