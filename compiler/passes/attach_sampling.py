@@ -27,9 +27,7 @@ ROLE = "qcc.role"
 OPAQUE = 8  # op_pattern: fusion leaves the kernel alone
 GREEDY_TEMPERATURE = 1e-5
 LANES = 16  # independent partial maxima and sums: a chain of one would wait for each addition
-MAX_CHUNK = (
-    64  # vectors of LANES in a partial reduction: 128k logits are 100 or more parallel parts
-)
+MAX_CHUNK = 64  # vectors of LANES in a partial reduction: 128k logits make over 100 parallel parts
 DIGIT_BITS, DIGITS = 8, 4  # of a 32-bit sort key
 RADIX = 1 << DIGIT_BITS
 
