@@ -12,7 +12,6 @@ names that lead out of the folder are refused.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -27,7 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qcc.runtime.errors import QccError
-from qcc.runtime.files import cache_dir, checksum, os_errors, read_json, write_file
+from qcc.runtime.files import cache_dir as cache_dir
+from qcc.runtime.files import checksum, os_errors, read_json
+from qcc.runtime.files import write_file as write_file
+from qcc.runtime.verified import VerifiedFiles
 
 FORMAT = 1
 QCC_JSON, CHAT_CONFIG, TENSOR_CACHE = "qcc.json", "mlc-chat-config.json", "tensor-cache.json"
@@ -277,7 +279,7 @@ class Artifact:
         sums = {shard.file: ("md5", shard.md5) for shard in self.shards}
         for library in self.manifest.libraries.values():
             sums[library.file] = ("sha256", library.sha256)
-        memory = _VerifiedFiles(self.folder)
+        memory = VerifiedFiles(self.folder)
         todo = [file for file in sums if not memory.knows(file, sums[file][1])]
         total = sum((self.folder / file).stat().st_size for file in todo)
         done = 0
@@ -296,38 +298,6 @@ class Artifact:
                     progress(done, total, file)
         if todo:
             memory.save()
-
-
-class _VerifiedFiles:
-    """Files of a folder whose checksums were right: name -> [size, mtime in ns, checksum]."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.resolve()
-        key = hashlib.sha256(str(self.folder).encode()).hexdigest()[:32]
-        self.path = cache_dir() / "verified" / f"{key}.json"
-        try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            known = {}
-        self.known: dict[str, Any] = known if isinstance(known, dict) else {}
-
-    def _state(self, file: str, digest: str) -> list[Any]:
-        path = (self.folder / file).resolve()
-        stat = path.stat()
-        return [str(path), stat.st_size, stat.st_mtime_ns, digest]
-
-    def knows(self, file: str, digest: str) -> bool:
-        return bool(self.known.get(file) == self._state(file, digest))
-
-    def add(self, file: str, digest: str) -> None:
-        self.known[file] = self._state(file, digest)
-
-    def save(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(self.path, json.dumps(self.known))
-        except (OSError, QccError):
-            return  # a cache that cannot be written costs time at the next start, nothing else
 
 
 def _read_tensor_cache(folder: Path) -> tuple[tuple[Shard, ...], dict[str, TensorRecord]]:

@@ -89,6 +89,9 @@ def convert_weights(
 
 
 def _check(checkpoint: Checkpoint, specs: Sequence[WeightSpec], ignored: Sequence[str]) -> None:
+    for spec in specs:
+        for source in spec.sources:
+            checkpoint.check(source.name, source.shape)
     used = {source.name for spec in specs for source in spec.sources}
     unused = [
         name
@@ -102,9 +105,6 @@ def _check(checkpoint: Checkpoint, specs: Sequence[WeightSpec], ignored: Sequenc
             f"{', '.join(unused[:_LISTED])}{more}; the model would not compute what its authors "
             "meant, so it is not compiled"
         )
-    for spec in specs:
-        for source in spec.sources:
-            checkpoint.check(source.name, source.shape)
 
 
 class _Window:
@@ -191,13 +191,16 @@ def _convert(
 def _source_blocks(checkpoint: Checkpoint, spec: WeightSpec, k: int) -> Iterator[_Block]:
     """Blocks of rows, source after source."""
     for source in spec.sources:
-        rows = math.prod(source.shape) // max(k, 1)
+        rows = math.prod(source.shape) // k
         step = max(1, BLOCK_BYTES // (k * ITEMSIZE[checkpoint.dtype(source.name)]))
         for row in range(0, rows, step):
             stop = min(row + step, rows)
 
             def read(name: str = source.name, start: int = row * k, end: int = stop * k) -> Array:
-                return checkpoint.read_flat(name, start, end)
+                size = (end - start) * ITEMSIZE[checkpoint.dtype(name)]
+                return checkpoint.read_flat(
+                    name, start, end, kernels.aligned_empty((size,), np.uint8)
+                )
 
             yield _Block(source.name, stop - row, read)
 

@@ -17,7 +17,7 @@ from tvm.tirx.script.builder import ir as T
 from qcc.quant_schemes.scheme import WeightFormat
 
 LANES = 16
-INFINITY_BITS, NAN_BITS = 0x7F800000, 0x7FC00000
+MAGNITUDE, INFINITY_BITS, NAN_BITS = 0x7FFFFFFF, 0x7F800000, 0x7FC00000
 # What a dtype is called in a kernel: LLVM and DLPack of numpy know no bfloat16.
 STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 Load = Callable[[Any], Any]  # first element of a group's vector -> f32 vector
@@ -67,7 +67,7 @@ def quantize_kernel(source: str, fmt: WeightFormat) -> tirx.PrimFunc:
 
 
 def cast_kernel(source: str, dtype: str) -> tirx.PrimFunc:
-    """(numbers source[m], result dtype[m]); m is a multiple of LANES."""
+    """(numbers source[m], result dtype[m]); the last m % LANES numbers are left to the caller."""
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_attr({"global_symbol": "cast", "tirx.noalias": True})
@@ -91,13 +91,11 @@ def _group(load: Load, codes: Any, top: Any, fmt: WeightFormat) -> Any:
     with _serial(vectors) as v:
         # Magnitudes compare like their bits, and NaN, whose bits are the largest, is not lost.
         bits = T.reinterpret(_vec("uint32", lanes), load(v * lanes))
-        size = T.reinterpret(_vec("float32", lanes), bits & _splat(T.uint32(0x7FFFFFFF), lanes))
+        size = T.reinterpret(_vec("float32", lanes), bits & _splat(T.uint32(MAGNITUDE), lanes))
         rounded = T.reinterpret(_vec("uint32", lanes), _round(size, fmt.dtype))
         T.buffer_store(top, T.max(top[every], rounded), [every])
     largest = T.bind(_reduce_max(top[every], lanes))
-    # Integer rounding may carry a NaN beyond its range.
-    fixed = T.Select(largest > T.uint32(INFINITY_BITS), T.uint32(NAN_BITS), largest)
-    scale = T.bind(_round(T.reinterpret("float32", fixed) / T.float32(fmt.max_code), fmt.dtype))
+    scale = T.bind(_round(T.reinterpret("float32", largest) / T.float32(fmt.max_code), fmt.dtype))
     zero = scale == T.float32(0)
     divisor = T.bind(_splat(T.Select(zero, T.float32(1), scale), lanes))
     most = T.bind(_splat(T.Select(zero, T.float32(0), T.float32(2 * fmt.max_code)), lanes))
@@ -169,8 +167,11 @@ def _round(value: Any, dtype: str) -> Any:
         return T.cast(T.cast(value, _vec("float16", lanes)), _vec("float32", lanes))
     bits = T.reinterpret(_vec("uint32", lanes), value)
     odd = (bits >> _splat(T.uint32(16), lanes)) & _splat(T.uint32(1), lanes)
-    bits = (bits + odd + _splat(T.uint32(0x7FFF), lanes)) & _splat(T.uint32(0xFFFF0000), lanes)
-    return T.reinterpret(_vec("float32", lanes), bits)
+    near = (bits + odd + _splat(T.uint32(0x7FFF), lanes)) & _splat(T.uint32(0xFFFF0000), lanes)
+    # The sum may carry a NaN out of its range.
+    nan = (bits & _splat(T.uint32(MAGNITUDE), lanes)) > _splat(T.uint32(INFINITY_BITS), lanes)
+    near = T.Select(nan, _splat(T.uint32(NAN_BITS), lanes), near)
+    return T.reinterpret(_vec("float32", lanes), near)
 
 
 def _store_bits(value: Any, dtype: str) -> Any:
