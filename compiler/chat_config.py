@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qcc.compiler.config import ModelConfig, RopeConfig, read_json
-from qcc.compiler.conv_template import plain_template
+from qcc.compiler.conv_template import TokenFacts, derive
 from qcc.runtime.artifact import CHAT_CONFIG
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import os_errors, write_file
@@ -72,6 +72,14 @@ def write_chat_config(
     raw = _read_object(source / "config.json")
     generation = _read_object(source / "generation_config.json")
     special = special_tokens(source, vocabulary, raw, generation)
+    tokens = TokenFacts(
+        texts=special.texts,
+        bos_id=special.ids["bos_token_id"],
+        added=vocabulary.added,
+        prefix=special.prefix,
+        stop_ids=special.eos_list,
+    )
+    conv, note = derive(read_chat_template(source), tokens)
     chat: dict[str, Any] = {
         "version": "0.1.0",
         "model_type": config.model_type,
@@ -88,7 +96,7 @@ def write_chat_config(
         **_sampling(generation, source / "generation_config.json"),
         "tokenizer_files": [name for name in TOKENIZER_FILES if (source / name).is_file()],
         "tokenizer_info": vocabulary.info,
-        "conv_template": plain_template(special.prefix, special.eos_list),
+        "conv_template": conv,
         **special.ids,
         "model_task": "chat",
     }
@@ -97,7 +105,7 @@ def write_chat_config(
             content = path.read_bytes()
         write_file(out / path.name, content)
     write_file(out / CHAT_CONFIG, json.dumps(chat, indent=2, ensure_ascii=False) + "\n")
-    return chat
+    return {**chat, NOTE: note} if note else chat
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ class Vocabulary:
     """What tokenizer.json says: token -> id, the largest id + 1, MLC's tokenizer_info."""
 
     ids: Mapping[str, int]
+    added: Mapping[str, int]  # those among them that no merge makes
     size: int
     info: Mapping[str, Any]
     prefix: tuple[int, ...]  # what its post-processor puts before a text
@@ -151,7 +160,7 @@ def read_vocabulary(source: Path) -> Vocabulary:
     except (AttributeError, KeyError, TypeError, ValueError) as err:
         what = f"it has no {err}" if isinstance(err, KeyError) else str(err)
         raise QccError(f"{path}: not a tokenizer of the tokenizers library: {what}") from err
-    return Vocabulary(ids, max(ids.values()) + 1, info, prefix)
+    return Vocabulary(ids, added, max(ids.values()) + 1, info, prefix)
 
 
 def _parts(node: Any, plural: str) -> list[dict[str, Any]]:
@@ -233,6 +242,26 @@ def special_tokens(
         prefix = [ids["bos_token_id"]] if wants_bos and ids["bos_token_id"] is not None else []
     order = ("pad_token_id", "bos_token_id", "eos_token_id")
     return SpecialTokens(texts, {key: ids[key] for key in order}, prefix)
+
+
+def read_chat_template(source: Path) -> str | None:
+    """The checkpoint's chat template: chat_template.jinja, else tokenizer_config.json's default.
+
+    Raises:
+        QccError: neither a text nor a list of named ones.
+    """
+    path = source / "chat_template.jinja"
+    if path.is_file():
+        with os_errors(path, "read"):
+            return path.read_text(encoding="utf-8", errors="replace")
+    path = source / "tokenizer_config.json"
+    template = _read_object(path).get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default", next(iter(named.values()), None))
+    if template is not None and not isinstance(template, str):
+        raise QccError(f"{path}: chat_template is neither a text nor a list of named ones")
+    return template
 
 
 def _ids(raw: Mapping[str, Any], key: str, source: Path) -> list[int]:
