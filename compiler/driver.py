@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,12 @@ from qcc.compiler.weights.spec import WeightSpec
 from qcc.quant_schemes.scheme import load_scheme
 from qcc.runtime import artifact
 from qcc.runtime.errors import QccError
+from qcc.runtime.files import cache_dir, remove_stale
 from qcc.targets import find_target
 from qcc.targets.spec import BuildOptions
 
 METHOD = "rtn"
+DEFAULT_CHUNK = 512  # tokens of a prefill chunk where no target says otherwise
 
 
 @dataclass(frozen=True)
@@ -49,49 +54,41 @@ def compile_model(
     """Compile `model` into the artifact folder `out`; returns it.
 
     Raises:
-        QccError, SchemeError: bad input, one line; the folder then holds nothing that loads, or what
-        it held before.
+        QccError, SchemeError: bad input, one line; the folder then holds nothing that loads, or
+            what it held before.
     """
     options, steps = options or CompileOptions(), steps or Steps(None)
     specs_of_targets = [find_target(name) for name in options.targets]
     with steps.step("Read the checkpoint") as step:
         source = locate(model, options.allow_pickle)
-        plan = make_plan(source, options, min(t.default_prefill_chunk for t in specs_of_targets))
+        chunks = [target.default_prefill_chunk for target in specs_of_targets]
+        plan = make_plan(source, options, min(chunks, default=DEFAULT_CHUNK))
         checkpoint = Checkpoint.open(source, allow_pickle=options.allow_pickle)
         specs = weight_specs(plan)
         step.note = f"{plan.config.model_type}, {_parameters(specs):,} parameters"
-    with checkpoint, ThreadPoolExecutor(1) as pool:
+    with checkpoint, ThreadPoolExecutor(1) as pool, _staging(out) as staging:
         source_sum = pool.submit(checksum, source)
-        out.mkdir(parents=True, exist_ok=True)
-        identity = _identity(source, plan, options)
-        have_weights = _check_folder(out, identity, source_sum.result, options.force)
-        libraries = {}
-        with _unfinished_removed(out) as staging:
-            for spec in specs_of_targets:
-                with steps.step(f"Build the {spec.name} library") as step:
-                    _, suffix = spec.resolve(options.build)
-                    name = f"{suffix}.{spec.library_extension}"
-                    build_library(
-                        plan, specs, spec, options.build, staging / name, options.dump_ir
-                    )
-                    libraries[suffix] = staging / name
-                    step.note = f"{(staging / name).stat().st_size / 1e6:.1f} MB"
-            if not have_weights:
-                with steps.step("Convert the weights") as step:
-                    convert_weights(
-                        checkpoint,
-                        specs,
-                        out,
-                        lambda done, total, _: steps.progress("Convert the weights", done, total),
-                        ignored=plan.architecture.ignored,
-                    )
-                    step.note = _weights_note(specs)
-            with steps.step("Write the configuration") as step:
-                chat = write_chat_config(
-                    source, out, plan.config, plan.scheme.name, plan.sizes.as_dict()
-                )
-                step.note = str(chat.get("conv_template_note") or "")
-                _publish(out, identity, source_sum.result(), specs, libraries)
+        before = _check_folder(out, plan, source_sum.result, options.force)
+        built = {}
+        for spec in specs_of_targets:
+            with steps.step(f"Build the {spec.name} library") as step:
+                _, suffix = spec.resolve(options.build)
+                path = staging / f"{suffix}.{spec.library_extension}"
+                build_library(plan, specs, spec, options.build, path, options.dump_ir)
+                built[suffix] = path
+                step.note = f"{suffix}, {path.stat().st_size / 1e6:.1f} MB"
+        if before is None:
+            with steps.step("Convert the weights") as step:
+                progress = partial(steps.progress, "Convert the weights")
+                ignored = plan.architecture.ignored
+                convert_weights(checkpoint, specs, out, progress, ignored)
+                step.note = _weights_note(specs)
+        with steps.step("Write the configuration") as step:
+            sizes = plan.sizes.as_dict()
+            chat = write_chat_config(source, out, plan.config, plan.scheme.name, sizes)
+            step.note = str(chat.get("conv_template_note") or "")
+            origin = {"name": source.resolve().name, "sha256": source_sum.result()}
+            _publish(out, plan, origin, specs, before, built)
     return out
 
 
@@ -100,29 +97,24 @@ def convert_model(
 ) -> Path:
     """Weights and configuration only, no library; `compile` adds libraries later."""
     options = options or CompileOptions()
-    return compile_model(
-        model, out, CompileOptions(**{**vars(options), "targets": ()}), steps
-    )
+    return compile_model(model, out, dataclasses.replace(options, targets=()), steps)
 
 
 def compile_cached(model: str, steps: Steps | None = None) -> Path:
     """Compile with the defaults into the cache, once; returns the artifact folder."""
     source = locate(model).resolve()
-    key = hashlib.sha256(f"{source}".encode()).hexdigest()[:16]
-    out = artifact.cache_dir() / "compiled" / f"{source.name}-{key}"
-    if (out / artifact.QCC_JSON).is_file():
-        current = artifact.read_manifest(out)
-        if current.get("source", {}).get("sha256") == checksum(source):
-            try:
-                artifact.Artifact.open(out)
-                return out
-            except QccError:
-                pass  # another version made it: compile again
-        shutil.rmtree(out)
+    key = hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    out = cache_dir() / "compiled" / f"{source.name}-{key}"
+    try:
+        found = artifact.Artifact.open(out).manifest
+        if found.source.get("sha256") == checksum(source):
+            return out
+    except QccError:
+        pass  # not there, unfinished, or of another version: compile
     return compile_model(str(source), out, CompileOptions(force=True), steps)
 
 
-def make_plan(source: Path, options: CompileOptions, default_chunk: int = 512) -> Plan:
+def make_plan(source: Path, options: CompileOptions, default_chunk: int) -> Plan:
     """Read the config, the scheme and the sizes."""
     where = source / "config.json"
     raw = read_json(where)
@@ -139,56 +131,50 @@ def make_plan(source: Path, options: CompileOptions, default_chunk: int = 512) -
 
 
 def _parameters(specs: Sequence[WeightSpec]) -> int:
-    total = 0
-    for spec in specs:
-        size = 1
-        for extent in spec.shape:
-            size *= extent
-        total += size
-    return total
+    return sum(math.prod(spec.shape) for spec in specs)
 
 
 def _weights_note(specs: Sequence[WeightSpec]) -> str:
-    size = sum(artifact.tensor_bytes(p.shape, p.dtype) for spec in specs for p in spec.stored)
+    size = sum(
+        artifact.tensor_bytes(part.shape, part.dtype) for spec in specs for part in spec.stored
+    )
     return f"{size / 1e6:.1f} MB, {8 * size / _parameters(specs):.2f} bits a weight"
 
 
-def _identity(source: Path, plan: Plan, options: CompileOptions) -> dict[str, Any]:
-    """What all libraries of one folder share."""
-    return {
-        "source": {"name": source.resolve().name},
-        "scheme": plan.scheme.name,
-        "method": METHOD,
-        "sizes": plan.sizes.as_dict(),
-    }
+def _check_folder(
+    out: Path, plan: Plan, source_sum: Callable[[], str], force: bool
+) -> dict[str, Any] | None:
+    """The manifest of `out` if it holds these very weights, None if it holds no artifact.
 
-
-def _check_folder(out: Path, identity: dict[str, Any], source_sum: Any, force: bool) -> bool:
-    """Whether `out` already holds these weights; a folder with another artifact is refused."""
+    Raises:
+        QccError: it holds another artifact, and `force` is not given.
+    """
     if not (out / artifact.QCC_JSON).exists():
-        return False
+        return None
     if force:
         (out / artifact.QCC_JSON).unlink()
-        return False
+        return None
     found = artifact.read_manifest(out)
-    for key in ("scheme", "method", "sizes"):
-        if found.get(key) != identity[key]:
-            raise QccError(
-                f"{out} holds an artifact with another {key} ({found.get(key)}, now "
-                f"{identity[key]}); choose another folder with -o, or replace it with --force"
-            )
-    if found.get("source", {}).get("sha256") != source_sum():
-        raise QccError(
-            f"{out} holds an artifact of another checkpoint; choose another folder with -o, or "
-            "replace it with --force"
-        )
     artifact.check_versions(found, out)
-    return True
+    for key, old, new in (
+        ("scheme", found.get("scheme"), plan.scheme.name),
+        ("method", found.get("method"), METHOD),
+        ("sizes", found.get("sizes"), plan.sizes.as_dict()),
+        ("checkpoint", found.get("source", {}).get("sha256"), source_sum()),
+    ):
+        if old != new:
+            raise QccError(
+                f"{out} holds an artifact with another {key} ({old}, now {new}); choose another "
+                "folder with -o, or replace it with --force"
+            )
+    return found
 
 
 @contextmanager
-def _unfinished_removed(out: Path) -> Iterator[Path]:
-    """A folder inside `out` for libraries under way; it is gone afterwards."""
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder inside `out` for what is under way; gone afterwards, as is `out` if it is empty."""
+    out.mkdir(parents=True, exist_ok=True)
+    remove_stale(out)
     staging = out / ".building"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -196,33 +182,31 @@ def _unfinished_removed(out: Path) -> Iterator[Path]:
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if not any(out.iterdir()):
+            out.rmdir()
 
 
 def _publish(
     out: Path,
-    identity: dict[str, Any],
-    source_sum: str,
+    plan: Plan,
+    source: Mapping[str, str],
     specs: Sequence[WeightSpec],
-    built: dict[str, Path],
+    before: Mapping[str, Any] | None,
+    built: Mapping[str, Path],
 ) -> None:
     """Move the libraries to their places and write qcc.json last: only then the folder loads."""
-    libraries: dict[str, Any] = {}
-    if (out / artifact.QCC_JSON).exists():
-        libraries.update(artifact.read_manifest(out).get("libraries", {}))
-    (out / "lib").mkdir(exist_ok=True)
+    libraries = dict(before["libraries"]) if before else {}
     for suffix, path in built.items():
+        (out / "lib").mkdir(exist_ok=True)
         final = out / "lib" / path.name
         path.replace(final)
         libraries[suffix] = artifact.library_entry(out, final)
-    tensors = {
-        part.name: spec.format.as_dict() for spec in specs for part in spec.stored
+    manifest = {
+        "source": source,
+        "scheme": plan.scheme.name,
+        "method": METHOD,
+        "tensors": {part.name: spec.format.as_dict() for spec in specs for part in spec.stored},
+        "sizes": plan.sizes.as_dict(),
+        "libraries": libraries,
     }
-    artifact.write_manifest(
-        out,
-        {
-            **identity,
-            "source": {**identity["source"], "sha256": source_sum},
-            "tensors": tensors,
-            "libraries": libraries,
-        },
-    )
+    artifact.write_manifest(out, manifest)

@@ -37,10 +37,11 @@ class Steps:
         self.times[name] = seconds
         self._line(f"  {name:<28}{seconds:7.1f} s  {step.note}".rstrip())
 
-    def progress(self, name: str, done: int, total: int) -> None:
+    def progress(self, name: str, done: int, total: int, _what: str = "") -> None:
         """Show how far a long step is; `done` and `total` in bytes."""
         if total:
-            self._transient(f"{name} {done / total:4.0%}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+            size = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+            self._transient(f"{name} {done / total:4.0%}  {size}")
 
     def _transient(self, text: str) -> None:
         if self.stream is not None and self.stream.isatty():

@@ -55,15 +55,14 @@ class _PlannedBytes(PyExprVisitor):  # type: ignore[misc]
 
     def visit_call_(self, call: rx.Call) -> None:
         if call.op == tvm.ir.Op.get("relax.memory.alloc_storage"):
-            self._add(call.args[0], call.args[3])
+            self._add(call.args[0], 8)  # the planner counts in bytes
         elif call.op == tvm.ir.Op.get("relax.builtin.alloc_tensor"):
-            self._add(call.args[0], call.args[1])
+            self._add(call.args[0], tvm.DataType(str(call.args[1].value)).bits)
 
-    def _add(self, shape: Any, dtype: Any) -> None:
+    def _add(self, shape: Any, bits: int) -> None:
         size = 1
         for extent in shape.values:
             size *= int(extent) if isinstance(extent, tirx.IntImm) else self._bound(extent)
-        bits = tvm.DataType(str(dtype.value)).bits
         self.total += -(-size * bits // 8 // PAGE) * PAGE
 
     def _bound(self, extent: Any) -> int:

@@ -17,6 +17,7 @@ from qcc.compiler.passes.bound_shapes import BoundShapes
 from qcc.compiler.passes.dump_ir import DumpIR
 from qcc.compiler.passes.hoist_repack import HoistRepack
 from qcc.compiler.passes.quantize_weights import QuantizeWeights
+from qcc.compiler.passes.storage_in_bytes import StorageInBytes
 
 
 def front_end(
@@ -61,6 +62,7 @@ def lowering(
         t.RemovePurityChecking(),
         t.CallTIRRewrite(),
         t.StaticPlanBlockMemory(),
+        StorageInBytes(),
         metadata,
         t.LowerAllocTensor(),
         t.KillAfterLastUse(),

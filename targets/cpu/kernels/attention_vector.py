@@ -115,11 +115,20 @@ class Reg:
         T.buffer_store(self.buffer, value, [index(0, self.lanes)])
 
 
+def keep(value: Any, lanes: int, dtype: str = "float32") -> Any:
+    """Name a value that is used more than once.
+
+    Not T.bind: TVM's simplifier looks through bindings, use by use, and a polynomial of a polynomial
+    takes it minutes. It does not look into a buffer.
+    """
+    return Reg(lanes, value, dtype).get()
+
+
 def horner(x: Any, coefficients: Sequence[float], lanes: int) -> Any:
     """c[0] + c[1] x + c[2] x^2 + ..."""
     value = splat(coefficients[-1], lanes)
     for c in reversed(coefficients[:-1]):
-        value = T.bind(fma(value, x, splat(c, lanes), lanes))
+        value = keep(fma(value, x, splat(c, lanes), lanes), lanes)
     return value
 
 
@@ -129,26 +138,28 @@ def exp2(x: Any, lanes: int) -> Any:
     x = n + f with n the nearest integer; the exponent field of the polynomial in f then takes n.
     (Adding and subtracting 1.5 * 2^23 would round too, but TVM's simplifier undoes it.)
     """
-    clamped = T.bind(T.max(x, splat(-127.0, lanes)))
-    rounded = T.bind(cast(clamped - splat(0.5, lanes), "int32", lanes))
-    poly = horner(T.bind(clamped - cast(rounded, "float32", lanes)), _EXP2_POLY, lanes)
+    clamped = keep(T.max(x, splat(-127.0, lanes)), lanes)
+    rounded = keep(cast(clamped - splat(0.5, lanes), "int32", lanes), lanes, "int32")
+    poly = horner(keep(clamped - cast(rounded, "float32", lanes), lanes), _EXP2_POLY, lanes)
     integer = "int32" if lanes == 1 else f"int32x{lanes}"
     exponent = T.shift_left(rounded, splat(23, lanes))
     power = T.reinterpret(_f32(lanes), T.reinterpret(integer, poly) + exponent)
-    return T.bind(T.Select(clamped < splat(-126.0, lanes), splat(0.0, lanes), power))
+    return keep(T.Select(clamped < splat(-126.0, lanes), splat(0.0, lanes), power), lanes)
 
 
 def log2(x: Any, lanes: int) -> Any:
     """log2 x for normal x > 0, absolute error below 1e-7 near 1: 2 atanh((m - 1) / (m + 1)) / ln 2."""
     integer = "int32" if lanes == 1 else f"int32x{lanes}"
-    bits = T.bind(T.reinterpret(integer, x))
+    bits = keep(T.reinterpret(integer, x), lanes, "int32")
     # The mantissa is brought to [sqrt(1/2), sqrt(2)): 0x3f3504f3 is sqrt(1/2).
-    exponent = T.bind(T.shift_right(bits - splat(0x3F3504F3, lanes), splat(23, lanes)))
-    mantissa = T.bind(T.reinterpret(_f32(lanes), bits - T.shift_left(exponent, splat(23, lanes))))
-    ratio = T.bind((mantissa - splat(1.0, lanes)) / (mantissa + splat(1.0, lanes)))
-    square = T.bind(ratio * ratio)
+    exponent = T.shift_right(bits - splat(0x3F3504F3, lanes), splat(23, lanes))
+    exponent = keep(exponent, lanes, "int32")
+    mantissa = T.reinterpret(_f32(lanes), bits - T.shift_left(exponent, splat(23, lanes)))
+    mantissa = keep(mantissa, lanes)
+    ratio = keep((mantissa - splat(1.0, lanes)) / (mantissa + splat(1.0, lanes)), lanes)
+    square = keep(ratio * ratio, lanes)
     series = horner(square, [2 * LOG2_E / (2 * i + 1) for i in range(6)], lanes)
-    return T.bind(fma(series, ratio, cast(exponent, "float32", lanes), lanes))
+    return keep(fma(series, ratio, cast(exponent, "float32", lanes), lanes), lanes)
 
 
 def cos_sin(turns: Any, lanes: int) -> tuple[Any, Any]:
@@ -157,26 +168,27 @@ def cos_sin(turns: Any, lanes: int) -> tuple[Any, Any]:
     Unsigned because that wraps: TVM declares signed overflow impossible.
     """
     integer = "int32" if lanes == 1 else f"int32x{lanes}"
-    quadrant = T.bind(T.shift_right(turns + _u32(1 << 29, lanes), _u32(30, lanes)))
-    rest = T.bind(T.reinterpret(integer, turns - T.shift_left(quadrant, _u32(30, lanes))))
-    angle = T.bind(cast(rest, "float32", lanes) * splat(2 * math.pi / 2**32, lanes))
-    square = T.bind(angle * angle)
+    quadrant = T.shift_right(turns + _u32(1 << 29, lanes), _u32(30, lanes))
+    quadrant = keep(quadrant, lanes, "uint32")
+    rest = T.reinterpret(integer, turns - T.shift_left(quadrant, _u32(30, lanes)))
+    angle = keep(cast(rest, "float32", lanes) * splat(2 * math.pi / 2**32, lanes), lanes)
+    square = keep(angle * angle, lanes)
     sine = horner(square, _SIN_POLY, lanes)
-    sine = T.bind(fma(sine * square, angle, angle, lanes))
+    sine = keep(fma(sine * square, angle, angle, lanes), lanes)
     cosine = horner(square, _COS_POLY, lanes)
     cosine = fma(splat(-0.5, lanes), square, splat(1.0, lanes), lanes) + cosine * square * square
-    cosine = T.bind(cosine)
+    cosine = keep(cosine, lanes)
     # cos, sin at quadrant 0: (c, s); 1: (-s, c); 2: (-c, -s); 3: (s, -c).
     zero, one, two = (_u32(i, lanes) for i in range(3))
-    odd = T.bind(T.bitwise_and(quadrant, one))
-    a = T.Select(odd == zero, cosine, sine)
-    b = T.Select(odd == zero, sine, cosine)
+    odd = keep(T.bitwise_and(quadrant, one), lanes, "uint32")
+    a = keep(T.Select(odd == zero, cosine, sine), lanes)
+    b = keep(T.Select(odd == zero, sine, cosine), lanes)
     negative_a = T.bitwise_and(quadrant + one, two) != zero
     negative_b = T.bitwise_and(quadrant, two) != zero
     zeros = splat(0.0, lanes)
     return (
-        T.bind(T.Select(negative_a, zeros - a, a)),
-        T.bind(T.Select(negative_b, zeros - b, b)),
+        keep(T.Select(negative_a, zeros - a, a), lanes),
+        keep(T.Select(negative_b, zeros - b, b), lanes),
     )
 
 
@@ -194,9 +206,10 @@ def lane_sums(vectors: Sequence[Any], lanes: int) -> Any:
         level = values[start : start + lanes]
         while len(level) > 1:
             level = [
-                T.bind(
+                keep(
                     shuffle([a, b], range(0, 2 * width, 2))
-                    + shuffle([a, b], range(1, 2 * width, 2))
+                    + shuffle([a, b], range(1, 2 * width, 2)),
+                    lanes,
                 )
                 for a, b in zip(level[::2], level[1::2], strict=True)
             ]
@@ -208,7 +221,7 @@ def across(value: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:
     """Reduce over the lanes; every lane holds the result."""
     step = lanes // 2
     while step:
-        value = T.bind(combine(value, shuffle([value], [i ^ step for i in range(lanes)])))
+        value = keep(combine(value, shuffle([value], [i ^ step for i in range(lanes)])), lanes)
         step //= 2
     return value
 

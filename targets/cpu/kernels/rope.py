@@ -34,14 +34,15 @@ def rope_table(config: KVCacheConfig, max_lanes: int) -> Any:
         with build.body():
             flat = vx.flat(table, config.max_positions * 2 * half)
             with T.parallel(0, config.max_positions) as position:
-                scalar = T.bind(vx.cast(position, "float32", 1))
+                scalar = vx.keep(vx.cast(position, "float32", 1), 1)
                 for i in range(0, half, lanes):
                     angle = vx.splat(scalar, lanes) * vx.load(inv_freq, i, lanes)
                     units = vx.cast(angle, "float64", lanes) * vx.splat(
                         tirx.FloatImm("float64", 2**32 / (2 * math.pi)), lanes
                     )
                     units = units + vx.splat(tirx.FloatImm("float64", 0.5), lanes)
-                    turns = T.bind(vx.cast(vx.cast(units, "int64", lanes), "uint32", lanes))
+                    turns = vx.cast(vx.cast(units, "int64", lanes), "uint32", lanes)
+                    turns = vx.keep(turns, lanes, "uint32")
                     factor = vx.splat(float(config.rope_attention_factor), lanes)
                     for part, value in enumerate(vx.cos_sin(turns, lanes)):
                         base = position * (2 * half) + part * half + i
@@ -89,10 +90,10 @@ def split_rotary(config: KVCacheConfig, max_lanes: int, with_table: bool) -> Any
                         dst = T.bind((i * count + h) * dim)
                         lanes = vx.lanes_dividing(rotated, max_lanes)
                         for j in range(0, rotated, lanes):
-                            cosine = T.bind(vx.load(angles, start + j, lanes))
-                            sine = T.bind(vx.load(angles, start + half + j, lanes))
-                            a = T.bind(vx.load(source, src + j, lanes))
-                            b = T.bind(vx.load(source, src + half + j, lanes))
+                            cosine = vx.keep(vx.load(angles, start + j, lanes), lanes)
+                            sine = vx.keep(vx.load(angles, start + half + j, lanes), lanes)
+                            a = vx.keep(vx.load(source, src + j, lanes), lanes)
+                            b = vx.keep(vx.load(source, src + half + j, lanes), lanes)
                             vx.store(target, dst + j, a * cosine - b * sine, lanes)
                             vx.store(target, dst + half + j, b * cosine + a * sine, lanes)
                         lanes = vx.lanes_dividing(dim - 2 * rotated, max_lanes)
@@ -128,7 +129,7 @@ class Rotation:
         high = vx.constants(self.high[i : i + self.lanes], "uint32")
         low = vx.constants(self.low[i : i + self.lanes], "uint32")
         sixteen = vx.splat(tirx.IntImm("uint32", 16), self.lanes)
-        turns = T.bind(p * high + T.shift_right(p * low, sixteen))
+        turns = vx.keep(p * high + T.shift_right(p * low, sixteen), self.lanes, "uint32")
         return vx.cos_sin(turns, self.lanes)
 
     def query(self, load: Any, position: Any, store: Any) -> None:
@@ -136,12 +137,12 @@ class Rotation:
         scale = vx.splat(self.scale, self.lanes)
         for i in range(0, self.half, self.lanes):
             cosine, sine = self.angle(position, i)
-            a = T.bind(load(i, self.lanes) * scale)
-            b = T.bind(load(self.half + i, self.lanes) * scale)
-            store(i, T.bind(a * cosine - b * sine), self.lanes)
-            store(self.half + i, T.bind(b * cosine + a * sine), self.lanes)
+            a = vx.keep(load(i, self.lanes) * scale, self.lanes)
+            b = vx.keep(load(self.half + i, self.lanes) * scale, self.lanes)
+            store(i, a * cosine - b * sine, self.lanes)
+            store(self.half + i, b * cosine + a * sine, self.lanes)
         for i in range(2 * self.half, self.dim, self.pass_lanes or 1):
-            store(i, T.bind(load(i, self.pass_lanes)), self.pass_lanes)
+            store(i, load(i, self.pass_lanes), self.pass_lanes)
 
     def keys(self, count: int, position: Any, load: Any, store: Any) -> None:
         """Rotate `count` keys at position, position + 1, ...: load(key, d, lanes), store(key, d, ...).
@@ -157,10 +158,10 @@ class Rotation:
                 if key:
                     step_cos = vx.constants(np.cos(key * freq).tolist(), "float32")
                     step_sin = vx.constants(np.sin(key * freq).tolist(), "float32")
-                    cosine = T.bind(cosine0 * step_cos - sine0 * step_sin)
-                    sine = T.bind(sine0 * step_cos + cosine0 * step_sin)
-                a = T.bind(load(key, i, self.lanes))
-                b = T.bind(load(key, self.half + i, self.lanes))
+                    cosine = vx.keep(cosine0 * step_cos - sine0 * step_sin, self.lanes)
+                    sine = vx.keep(sine0 * step_cos + cosine0 * step_sin, self.lanes)
+                a = vx.keep(load(key, i, self.lanes), self.lanes)
+                b = vx.keep(load(key, self.half + i, self.lanes), self.lanes)
                 store(key, i, a * cosine - b * sine, self.lanes)
                 store(key, self.half + i, b * cosine + a * sine, self.lanes)
         for key in range(count):
