@@ -17,7 +17,9 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2.ext import loopcontrols
+import jinja2.nodes
+import jinja2.parser
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Messages = Sequence[Mapping[str, str]]
@@ -37,7 +39,7 @@ _SYSTEM, _USER, _ASSISTANT = "{system_message}", "{user_message}", "{assistant_m
 _TURNS = (1, 2, 3)
 _TALK = (
     ("What is the tallest mountain?", "Mount Everest, 8849 m."),
-    ("And the second?\n\nAnswer in one word.", "K2"),
+    ("And the second?\nAnswer in one word.", "K2"),
     ("Thanks! Is 1 < 2?", "Yes."),
 )
 _SYSTEM_TEXT = "You answer briefly.\nYou never guess."
@@ -52,6 +54,17 @@ class TokenFacts:
     added: Mapping[str, int]  # added tokens: text -> id
     prefix: list[int]  # ids that a text without a chat template begins with
     stop_ids: list[int]  # ids that end a text
+
+
+class _Generation(Extension):
+    """{% generation %} marks what a training loss counts; at inference it is what it holds."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The block's statements alone."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def derive(template: str | None, tokens: TokenFacts) -> tuple[dict[str, Any], str | None]:
@@ -86,7 +99,7 @@ _UNCUT = "no conversation template: the chat template has no regular turns"
 def renderer(template: str, texts: Mapping[str, str]) -> Renderer:
     """Compile a chat template the way transformers does; `texts` are its special tokens."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
 
     def refuse(message: str) -> str:
