@@ -59,7 +59,7 @@ class TokenFacts:
 class _Generation(Extension):
     """{% generation %} marks what a training loss counts; at inference it is what it holds."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         """The block's statements alone."""
