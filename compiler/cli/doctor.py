@@ -58,7 +58,7 @@ def check_llvm() -> dict[str, Any] | None:
     """LLVM of the TVM wheel: version, back ends, processor and triple of this machine."""
     try:
         from tvm.target import codegen
-    except ImportError:
+    except (ImportError, OSError, RuntimeError):  # not installed, or it does not load
         return None
     return {
         "version": int(codegen.llvm_version_major()),

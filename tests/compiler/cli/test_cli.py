@@ -5,6 +5,7 @@ import errno
 import importlib
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -216,6 +217,9 @@ def test_doctor_json(tmp_path: Path) -> None:
     assert report["ok"] is True
     cpu = next(row for row in report["targets"] if row["target"] == "cpu")
     assert cpu == {"target": "cpu", "machine": "this one", "builds": True, "runs": True, "note": ""}
+    cross = next((row for row in report["targets"] if row["machine"] == "aarch64"), None)
+    if cross and shutil.which("aarch64-linux-gnu-gcc"):
+        assert cross["builds"] and not cross["runs"], cross["note"]
     assert {"apache-tvm", "apache-tvm-ffi"} <= {row["name"] for row in report["packages"]}
     assert all(row["ok"] for row in report["packages"])
     assert report["cpu"]["cores"] >= 1 and report["memory"]["total"] > 0
@@ -232,3 +236,15 @@ def test_doctor_compares_versions() -> None:
     assert not satisfies("0.8.12", ">=0.9.1")
     assert satisfies("2.13.0+cpu", "==2.13.0")
     assert not satisfies(None, "")
+
+
+def test_doctor_without_tvm(tmp_path: Path) -> None:
+    """A TVM that does not load is a diagnosis with exit status 1, not a traceback."""
+    (tmp_path / "tvm.py").write_text("raise ImportError('libtvm.so: cannot open shared object')\n")
+    code = "import sys\nfrom qcc.compiler.cli import main\nsys.exit(main(['doctor']))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert not done.stderr
+    assert "builds: no, runs here: no; ImportError: libtvm.so: cannot open" in done.stdout
+    assert "The CPU target does not work here" in done.stdout
