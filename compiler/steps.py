@@ -35,7 +35,7 @@ class Steps:
         yield step
         seconds = time.perf_counter() - step.started
         self.times[name] = seconds
-        self._line(f"  {name:<28}{seconds:7.1f} s  {step.note}".rstrip())
+        self.line(f"  {name:<28}{seconds:7.1f} s  {step.note}".rstrip())
 
     def progress(self, name: str, done: int, total: int, _what: str = "") -> None:
         """Show how far a long step is; `done` and `total` in bytes."""
@@ -48,7 +48,8 @@ class Steps:
             self.stream.write(f"\r\x1b[K  {text}")
             self.stream.flush()
 
-    def _line(self, text: str) -> None:
+    def line(self, text: str) -> None:
+        """Print a line of its own."""
         if self.stream is not None:
             lead = "\r\x1b[K" if self.stream.isatty() else ""
             self.stream.write(f"{lead}{text}\n")

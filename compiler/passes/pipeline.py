@@ -52,7 +52,6 @@ def lowering(
         t.EliminateCommonSubexpr(),
         t.LegalizeOps(),
         t.AnnotateTIROpPattern(),
-        t.FoldConstant(),
         *([t.FuseOps(), t.FuseTIR()] if fuse else []),
         t.DeadCodeElimination(),
         *target_schedule,

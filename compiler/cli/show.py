@@ -1,0 +1,118 @@
+"""qcc show: what an artifact holds and what memory it needs; of a checkpoint, what it would."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+HELP = "show an artifact's or a checkpoint's sizes, formats and memory budget"
+EXAMPLE = "qcc show ./llama-q4"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `show`."""
+    parser.add_argument("model", metavar="ARTIFACT|MODEL", help="artifact or checkpoint folder")
+    parser.add_argument(
+        "--quant", default="q4f16_1", metavar="SCHEME", help="scheme to estimate a checkpoint with"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts as a table or as JSON."""
+    from qcc.runtime.artifact import QCC_JSON
+
+    folder = Path(args.model)
+    is_artifact = (folder / QCC_JSON).exists() or not (folder / "config.json").exists()
+    facts = _artifact(folder) if is_artifact else _checkpoint(args.model, args.quant)
+    if args.json:
+        print(json.dumps(facts))
+    else:
+        _print(facts)
+    return 0
+
+
+def _artifact(folder: Path) -> dict[str, Any]:
+    """Facts of an artifact: each library is loaded and asked."""
+    from qcc.runtime.artifact import Artifact
+    from qcc.runtime.engine.library import Library
+    from qcc.runtime.engine.memory import report
+
+    artifact = Artifact.open(folder)
+    manifest = artifact.manifest
+    libraries = {}
+    for name, entry in manifest.libraries.items():
+        metadata = Library(folder / entry.file).metadata
+        libraries[name] = {"file": entry.file, "bytes": entry.bytes, **report(metadata)}
+    weights = sum(record.nbytes for record in artifact.records.values())
+    return {
+        "artifact": str(folder),
+        "model_type": artifact.chat_config.get("model_type"),
+        "source": dict(manifest.source),
+        "scheme": manifest.scheme,
+        "method": manifest.method,
+        "stored_bytes": weights,
+        "sizes": dict(manifest.sizes),
+        "libraries": libraries,
+        "quality": manifest.quality,
+    }
+
+
+def _checkpoint(model: str, quant: str) -> dict[str, Any]:
+    """Facts of a checkpoint, and what its weights and KV cache would take with a scheme."""
+    import dataclasses
+    import math
+
+    from qcc.compiler.build import weight_specs
+    from qcc.compiler.driver import DEFAULT_CHUNK, CompileOptions, make_plan
+    from qcc.compiler.source import locate
+    from qcc.runtime.artifact import tensor_bytes
+
+    plan = make_plan(locate(model), CompileOptions(quant=quant), DEFAULT_CHUNK)
+    specs = weight_specs(plan)
+    parts = [part for spec in specs for part in spec.stored]
+    config = plan.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    parameters = sum(math.prod(spec.shape) for spec in specs)
+    stored = sum(tensor_bytes(part.shape, part.dtype) for part in parts)
+    return {
+        "checkpoint": model,
+        "model_type": config.model_type,
+        "parameters": parameters,
+        "config": dataclasses.asdict(config),
+        "scheme": plan.scheme.name,
+        "stored_bytes": stored,
+        "bits_per_weight": 8 * stored / parameters,
+        "sizes": plan.sizes.as_dict(),
+        "kv_bytes_per_token": per_token,
+        "kv_bytes": per_token * plan.sizes.max_positions,
+    }
+
+
+def _print(facts: dict[str, Any]) -> None:
+    """Facts as aligned lines, the budget of each library as a block."""
+    megabytes = "stored_bytes", "kv_bytes"
+    for key, value in facts.items():
+        if key == "libraries" or value is None:
+            continue
+        if key in megabytes:
+            text = f"{value / 1e6:,.1f} MB"
+        elif isinstance(value, dict):
+            text = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict))
+        elif isinstance(value, float):
+            text = f"{value:.2f}"
+        else:
+            text = f"{value:,}" if isinstance(value, int) else str(value)
+        print(f"{key.removesuffix('_bytes').replace('_', ' '):<20}{text}")
+    for name, library in facts.get("libraries", {}).items():
+        print(f"\nlibrary {name}  ({library['file']}, {library['bytes'] / 1e6:.1f} MB)")
+        budget = library["budget"]
+        print(f"  weights              {budget['weights'] / 1e6:10,.1f} MB")
+        tokens = f"{library['kv_tokens']:,} tokens at {library['kv_bytes_per_token'] / 1e3:,.1f} kB"
+        print(f"  KV cache in full     {budget['kv_cache'] / 1e6:10,.1f} MB  ({tokens})")
+        print(f"  temporaries          {budget['temporaries'] / 1e6:10,.1f} MB  of these:")
+        for function, size in library["memory_usage"].items():
+            print(f"    {function:<19}{size / 1e6:10,.1f} MB")
+        print(f"  total                {budget['total'] / 1e6:10,.1f} MB")
