@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +84,21 @@ def _load(path: Path) -> dict[str, Any]:
             data = torch.load(path, map_location="cpu", weights_only=True)
     # torch raises whatever the unpickler meets: nearly every built-in exception is possible.
     except Exception as err:
-        lines = str(err).strip().splitlines() or [type(err).__name__]
         raise QccError(
-            f"{path}: torch does not read it as a file of weights: {lines[0][:200]}; "
-            "download it again or convert it to safetensors"
+            f"{path}: {_reason(err)}; download it again or convert it to safetensors"
         ) from err
     if not isinstance(data, dict):
         raise QccError(f"{path}: holds a {type(data).__name__}, not a dict of tensors")
     if isinstance(data.get("state_dict"), dict):
         data = data["state_dict"]
     return {str(k): v for k, v in data.items() if isinstance(v, torch.Tensor) and not v.is_sparse}
+
+
+def _reason(err: Exception) -> str:
+    """Why, in our words: torch's advise the user to allow code to run."""
+    if isinstance(err, pickle.UnpicklingError):
+        return "it is no pickle of tensors alone, which is all that is read"
+    if isinstance(err, EOFError) or "zip archive" in str(err):
+        return "it is truncated or damaged"
+    line = next(iter(str(err).strip().splitlines()), "")[:120]
+    return f"torch cannot read it ({type(err).__name__}: {line})"
