@@ -1,4 +1,4 @@
-"""The CPU's kernels for TVM's paged KV cache: our own where time goes, the wheel's for rare copies."""
+"""The CPU's kernels for TVM's paged KV cache: our own, but for the wheel's rare page copies."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Tile:
 
     @property
     def key_block(self) -> int:
-        """Keys scored at once: key_block * row_vectors accumulators, about half of the registers."""
+        """Keys scored at once: key_block * row_vectors accumulators fill half of the registers."""
         return self.registers.count // (2 * self.row_vectors)
 
     @property
@@ -106,13 +106,13 @@ class PagedKeys:
             count = full + self.lengths[0, b] - self.skip
         else:
             count = full + self.lengths[b]
-        return T.bind(T.Select(end > begin, count, 0))
+        return vx.keep_int(T.Select(end > begin, count, 0))
 
     def offset(self, key: Any) -> Any:
         """Element of K's row of a key; V's lies v_shift further."""
         slot = key
         if self.sliding:
-            slot = T.bind(key + T.Select(key < self.sink, 0, self.skip))
+            slot = vx.keep_int(key + T.Select(key < self.sink, 0, self.skip))
         page = vx.cast(self.values[self.begin + T.shift_right(slot, 4)], "int64", 1)
         in_page = T.bitwise_and(slot, PAGE - 1) * self.config.head_dim
         return page * (2 * self.v_shift) + self.head * self.row + in_page
@@ -123,8 +123,8 @@ def emit_pv(
 ) -> None:
     """out[row, :] = scale(row) * out[row, :] + sum over keys of p(key, row) * V[key, :].
 
-    `rows` (a multiple of `block` is computed) and `keys` are dynamic; value(key) is the V buffer and
-    the element where the key's row starts.
+    `rows` (a multiple of `block` is computed) and `keys` are dynamic; value(key) is the V buffer
+    and the element where the key's row starts.
     """
     lanes, width = tile.dim_lanes, tile.chunk * tile.dim_lanes
     with T.serial(0, (rows + block - 1) // block) as group:

@@ -71,6 +71,7 @@ class _Decode:
         )
         if self.sliding:
             self.rotated = T.alloc_buffer((tile.keys * c.head_dim,), "float32")
+            self.rotation.prepare(PAGE)
         with T.serial(0, group) as g:
             for d in range(0, c.head_dim, tile.dim_lanes):
                 zero = vx.splat(0.0, tile.dim_lanes)
@@ -88,15 +89,15 @@ class _Decode:
             return
         window, sinks = self.config.sliding_window_size, self.config.attention_sink_size
         position = T.bind(self.q_position[self.b])
-        sink_end = T.bind(T.min(T.max(sinks - self.k_base, 0), self.kv_len))
+        sink_end = vx.keep_int(T.min(T.max(sinks - self.k_base, 0), self.kv_len))
         oldest = position - (window - sinks) + 1 - self.k_base
         with T.serial(0 if sinks else 1, 2) as phase:
-            in_window = T.bind(phase == 1)
-            begin = T.bind(T.Select(in_window, T.max(sink_end, oldest), 0))
-            stop = T.bind(T.Select(in_window, self.kv_len, sink_end))
+            in_window = phase == 1
+            begin = vx.keep_int(T.Select(in_window, T.max(sink_end, oldest), 0))
+            stop = vx.keep_int(T.Select(in_window, self.kv_len, sink_end))
             with when(begin < stop):
                 self._load_queries(
-                    T.bind(T.Select(in_window, position, T.min(position, window - 1)))
+                    vx.keep_int(T.Select(in_window, position, T.min(position, window - 1)))
                 )
                 self._key_tiles(begin, stop)
 
@@ -119,13 +120,13 @@ class _Decode:
                     keep(d, load(d, lanes), lanes)
 
     def _key_tiles(self, begin: Any, stop: Any) -> None:
-        tile, dim = self.tile, self.config.head_dim
+        tile = self.tile
         with T.serial(0, (stop - begin + tile.keys - 1) // tile.keys) as t:
             first = T.bind(begin + t * tile.keys)
-            count = T.bind(T.min(tile.keys, stop - first))
+            count = vx.keep_int(T.min(tile.keys, stop - first))
             pages = T.bind((count + PAGE - 1) // PAGE)
             with T.serial(0, pages * PAGE) as j:
-                key = T.bind(T.min(first + j, stop - 1))
+                key = vx.keep_int(T.min(first + j, stop - 1))
                 vx.store(self.offsets, j, self.keys.offset(key), 1)
             with T.serial(0, pages) as page:
                 self._score_page(page, first, stop)
@@ -142,7 +143,6 @@ class _Decode:
                 count,
                 lambda key: (self.keys.v, vx.load(self.offsets, key, 1) + self.keys.v_shift),
             )
-        del dim
 
     def _score_page(self, page: Any, first: Any, stop: Any) -> None:
         """scores[g, 16 keys] of every head of the group."""
@@ -151,13 +151,14 @@ class _Decode:
         # Without a window a tile starts at a page, so its rows follow one another.
         at += [at[0] + k * dim for k in range(1, PAGE)]
         if self.rotation:
-            raw = [T.bind(vx.load(self.offsets, page * PAGE + k, 1)) for k in range(PAGE)]
             base = T.bind(page * (PAGE * dim))
             source, at = self.rotated, [base + k * dim for k in range(PAGE)]
             self.rotation.keys(
                 PAGE,
                 T.bind(self.k_base + first + page * PAGE),
-                lambda k, d, width: vx.load(self.keys.k, raw[k] + d, width),
+                lambda k, d, width: vx.load(
+                    self.keys.k, vx.load(self.offsets, page * PAGE + k, 1) + d, width
+                ),
                 lambda k, d, value, width: vx.store(self.rotated, base + k * dim + d, value, width),
             )
         ramp = vx.constants(list(range(PAGE)), "int32")
@@ -227,7 +228,7 @@ def merge_state(config: KVCacheConfig, tile: Tile) -> Any:
                 with T.serial(0, heads) as h:
                     at = T.bind(i * heads + h)
                     a, b = T.bind(s[at]), T.bind(s2[at])
-                    top = T.bind(T.max(a, b))
+                    top = vx.keep(T.max(a, b), 1)
                     pa, pb = vx.exp2(a - top, 1), vx.exp2(b - top, 1)
                     total = T.bind(pa + pb)
                     wa, wb = (T.bind(vx.splat(T.bind(p / total), lanes)) for p in (pa, pb))

@@ -1,4 +1,4 @@
-"""The frame of a hand-written CPU kernel: a scheduled, opaque s_tir PrimFunc from Python that emits TIR."""
+"""The frame of a hand-written CPU kernel: an opaque s_tir PrimFunc, from Python that emits TIR."""
 
 from __future__ import annotations
 

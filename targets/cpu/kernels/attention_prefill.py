@@ -1,7 +1,7 @@
 """Blocked attention of many queries: against the chunk itself (ragged) or against cached pages.
 
-A row is one (token, head of the group) of a kv head. A task takes `tile.rows` rows: lanes hold rows,
-so that maxima and sums over keys need no shuffles. For each tile of keys
+A row is one (token, head of the group) of a kv head. A task takes `tile.rows` rows: lanes hold
+rows, so that maxima and sums over keys need no shuffles. For each tile of keys
     S = K Q^T (key_block keys x all rows in registers), P = exp2(S - max), O = O * scale + P V.
 Tasks run in parallel over (kv head, sequence, row tile).
 """
@@ -72,7 +72,7 @@ class _Prefill:
 
     def _declare(self) -> None:
         c = self.config
-        # The batch's size is known by its index arrays: a tree kernel gets no array of length batch.
+        # The batch's size comes from an index array: a tree kernel gets no array of length batch.
         total, bounds = T.int32(), T.int32()
         self.total, self.batch = total, bounds - 1
         self.keys = (PagedKeys(c, self.batch, self.sliding) if self.paged
@@ -131,7 +131,7 @@ class _Prefill:
                 turn = T.bind(rest.get())
                 half = T.shift_right(turn, 1)
                 last = count.get() - 1 - half
-                row_tile = T.bind(T.Select(T.bitwise_and(turn, 1) == 0, half, last))
+                row_tile = vx.keep_int(T.Select(T.bitwise_and(turn, 1) == 0, half, last))
                 self._row_tile(T.bind(found.get()), T.bind(task // tiles), row_tile)
 
     def _row_tile(self, b: Any, head: Any, row_tile: Any) -> None:
@@ -142,7 +142,7 @@ class _Prefill:
         self.tokens = T.bind(self.q_indptr[b + 1] - self.q0)
         self.row0 = T.bind(row_tile * width)
         self.last_row = T.bind(self.tokens * group - 1)
-        self.rows = T.bind(T.min(width, self.last_row + 1 - self.row0))
+        self.rows = vx.keep_int(T.min(width, self.last_row + 1 - self.row0))
         self.head = head
         self.kv_len = self.keys.select(b, head)
         self.k_base = T.bind(self.k_position[b]) if self.sliding else 0
@@ -158,6 +158,7 @@ class _Prefill:
         if self.sliding:
             self.rotated = T.alloc_buffer((tile.keys * dim,), "float32")
             self.row = T.alloc_buffer((dim,), "float32")
+            self.rotation.prepare(PAGE)
         if self.mask == "tree":
             self.bounds = [T.alloc_buffer((tile.keys,), "int32") for _ in range(2)]
             self.tree0 = T.bind(self.tree_indptr[b])
@@ -176,21 +177,21 @@ class _Prefill:
         last_token = T.bind((self.row0 + self.rows - 1) // self.group)
         end = self.kv_len
         if not self.paged and self.mask != "tree":
-            end = T.bind(T.min(end, last_token + 1))
+            end = vx.keep_int(T.min(end, last_token + 1))
         if not self.sliding:
             self._load_queries(None)
             self._key_tiles(0, end)
             return
         window, sinks = self.config.sliding_window_size, self.config.attention_sink_size
-        sink_end = T.bind(T.min(T.max(sinks - self.k_base, 0), end))
+        sink_end = vx.keep_int(T.min(T.max(sinks - self.k_base, 0), end))
         first = self.q_position[self.q0 + T.floordiv(self.row0, self.group)]
         oldest = first - (window - sinks) + 1 - self.k_base
         # Sinks see the query where StreamingLLM puts it: at most at the end of a full window.
         with T.serial(0 if sinks else 1, 2) as phase:
-            in_window = T.bind(phase == 1)
+            in_window = phase == 1
             self.in_window = in_window
-            begin = T.bind(T.Select(in_window, T.max(sink_end, oldest), 0))
-            stop = T.bind(T.Select(in_window, end, sink_end))
+            begin = vx.keep_int(T.Select(in_window, T.max(sink_end, oldest), 0))
+            stop = vx.keep_int(T.Select(in_window, end, sink_end))
             with when(begin < stop):
                 self._load_queries(T.Select(in_window, 1 << 30, window - 1))
                 self._key_tiles(begin, stop)
@@ -199,14 +200,14 @@ class _Prefill:
         """Scaled queries, transposed; rows past the last repeat it. Also each row's mask value."""
         c, tile = self.config, self.tile
         with T.serial(0, tile.rows) as r:
-            row = T.bind(T.min(self.row0 + r, self.last_row))
+            row = vx.keep_int(T.min(self.row0 + r, self.last_row))
             token = T.bind(row // self.group)
             where = (self.q0 + token) * c.num_attention_heads + self.head * self.group
             base = T.bind((where + row % self.group) * c.head_dim)
             self._row_mask(r, token)
             source, start = self.q_flat, base
             if self.rotation:
-                position = T.bind(T.min(self.q_position[self.q0 + token], position_limit))
+                position = vx.keep_int(T.min(self.q_position[self.q0 + token], position_limit))
                 self.rotation.query(
                     lambda d, lanes: vx.load(self.q_flat, base + d, lanes),
                     position,
@@ -224,9 +225,7 @@ class _Prefill:
             value = T.if_then_else(self.nodes > 0, self.tree_order[node, 0], 0)
         elif self.sliding:
             reach = self.config.sliding_window_size - self.config.attention_sink_size
-            oldest = self.q_position[self.q0 + token] - reach + 1 - self.k_base
-            # Ragged rows also need their own place, one past their last key: kept apart.
-            value = oldest
+            value = self.q_position[self.q0 + token] - reach + 1 - self.k_base
         else:
             value = self.kv_len if self.paged else token + 1
         vx.store(self.row_info, r, value, 1)
@@ -244,9 +243,9 @@ class _Prefill:
             return wide < info
         # Of the sinks every row sees all; of the window, from its oldest key on.
         old = T.Select(self.in_window, key, 1 << 30)
-        seen = vx.splat(old, lanes) >= info
+        seen = T.bitwise_and(vx.splat(old, lanes) >= info, wide < vx.splat(self.stop, lanes))
         if self.paged:
-            return T.bitwise_and(seen, wide < vx.splat(self.stop, lanes))
+            return seen
         # In the chunk a row is where its window starts, plus the window's length.
         reach = self.config.sliding_window_size - self.config.attention_sink_size
         return T.bitwise_and(seen, wide < info + vx.splat(reach, lanes))
@@ -256,9 +255,9 @@ class _Prefill:
         self.stop = stop
         with T.serial(0, (stop - begin + tile.keys - 1) // tile.keys) as t:
             first = T.bind(begin + t * tile.keys)
-            count = T.bind(T.min(tile.keys, stop - first))
+            count = vx.keep_int(T.min(tile.keys, stop - first))
             with T.serial(0, (count + PAGE - 1) // PAGE * PAGE) as j:
-                key = T.bind(T.min(first + j, stop - 1))
+                key = vx.keep_int(T.min(first + j, stop - 1))
                 vx.store(self.offsets, j, self.keys.offset(key), 1)
                 if self.mask == "tree":
                     self._tree_bounds(j, key)
@@ -289,11 +288,12 @@ class _Prefill:
     def _rotate_keys(self, first: Any, count: Any) -> None:
         dim = self.config.head_dim
         with T.serial(0, (count + PAGE - 1) // PAGE) as g:
-            at = [T.bind(vx.load(self.offsets, g * PAGE + k, 1)) for k in range(PAGE)]
             self.rotation.keys(
                 PAGE,
                 T.bind(self.k_base + first + g * PAGE),
-                lambda k, d, lanes: vx.load(self.keys.k, at[k] + d, lanes),
+                lambda k, d, lanes: vx.load(
+                    self.keys.k, vx.load(self.offsets, g * PAGE + k, 1) + d, lanes
+                ),
                 lambda k, d, value, lanes: vx.store(
                     self.rotated, (g * PAGE + k) * dim + d, value, lanes
                 ),
@@ -369,7 +369,7 @@ def emit_normalizer(top: Any, mass: Any, inverse: Any, at: Any, lanes: int) -> N
     """inverse = 1 / mass and top = log-sum-exp; 0 and NO_KEY where no key was seen."""
     total = T.bind(vx.load(mass, at, lanes))
     seen = total > vx.splat(0.0, lanes)  # not bound: TVM's simplifier trips over bound bool vectors
-    safe = T.bind(T.Select(seen, total, vx.splat(1.0, lanes)))
+    safe = vx.keep(T.Select(seen, total, vx.splat(1.0, lanes)), lanes)
     lse = vx.load(top, at, lanes) + vx.log2(safe, lanes)
     one, zero, none = (vx.splat(x, lanes) for x in (1.0, 0.0, NO_KEY))
     vx.store(inverse, at, T.Select(seen, one / safe, zero), lanes)

@@ -1,7 +1,8 @@
 """Vector expressions for hand-written CPU kernels, on tvm's TIR builder.
 
-A kernel is a Python function that emits TIR while it runs: Python loops unroll, `T.serial` loops stay.
-Values that live in registers are `Reg`s (a local buffer with constant indices, which LLVM promotes).
+A kernel is a Python function that emits TIR while it runs: Python loops unroll, `T.serial` loops
+stay. Values that live in registers are `Reg`s (a small buffer with constant indices, which LLVM
+promotes).
 Nothing here calls libm: exp2, log2, cos and sin are polynomials, the same on every processor.
 """
 
@@ -104,7 +105,8 @@ class Reg:
 
     def __init__(self, lanes: int, value: Any = None, dtype: str = "float32") -> None:
         self.lanes = lanes
-        self.buffer = T.alloc_buffer((lanes,), dtype, scope="local")
+        # Scope "global": TVM puts it on the stack, but takes "local" from its workspace pool.
+        self.buffer = T.alloc_buffer((lanes,), dtype)
         if value is not None:
             self.set(value)
 
@@ -118,10 +120,15 @@ class Reg:
 def keep(value: Any, lanes: int, dtype: str = "float32") -> Any:
     """Name a value that is used more than once.
 
-    Not T.bind: TVM's simplifier looks through bindings, use by use, and a polynomial of a polynomial
-    takes it minutes. It does not look into a buffer.
+    Not T.bind: TVM's analyzers look through bindings, use by use, and a polynomial of a polynomial
+    takes them minutes. They do not look into a buffer.
     """
     return Reg(lanes, value, dtype).get()
+
+
+def keep_int(value: Any) -> Any:
+    """Name an i32 scalar, as `keep`: for min, max and Select, at which bounds analysis branches."""
+    return keep(value, 1, "int32")
 
 
 def horner(x: Any, coefficients: Sequence[float], lanes: int) -> Any:
@@ -148,7 +155,7 @@ def exp2(x: Any, lanes: int) -> Any:
 
 
 def log2(x: Any, lanes: int) -> Any:
-    """log2 x for normal x > 0, absolute error below 1e-7 near 1: 2 atanh((m - 1) / (m + 1)) / ln 2."""
+    """log2 x for normal x > 0, absolute error below 1e-7 near 1: by atanh((m - 1) / (m + 1))."""
     integer = "int32" if lanes == 1 else f"int32x{lanes}"
     bits = keep(T.reinterpret(integer, x), lanes, "int32")
     # The mantissa is brought to [sqrt(1/2), sqrt(2)): 0x3f3504f3 is sqrt(1/2).
@@ -193,7 +200,7 @@ def cos_sin(turns: Any, lanes: int) -> tuple[Any, Any]:
 
 
 def lane_sums(vectors: Sequence[Any], lanes: int) -> Any:
-    """[sum of vectors[0], sum of vectors[1], ...]: neighbours are added until one lane is left each.
+    """[sum of vectors[0], sum of vectors[1], ...], by adding neighbours until one lane is left.
 
     len(vectors) must be a power of two and at least `lanes`.
     """

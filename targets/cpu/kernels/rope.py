@@ -1,4 +1,4 @@
-"""Rotary embeddings on the CPU: the table, the kernel that splits q, k, v, and rotation in attention.
+"""Rotary embeddings on the CPU: the table, the split of q, k, v, and rotation in attention.
 
 Pairs are (i, i + rotary_dim / 2); dimensions from rotary_dim on pass through. With full attention
 q and k are rotated once, from a table. With a sliding window the cache stores k unrotated, and the
@@ -22,7 +22,7 @@ _PARALLEL_TOKENS = 8
 
 
 def rope_table(config: KVCacheConfig, max_lanes: int) -> Any:
-    """inv_freq f32[r/2], table f32[max_positions, r]: cosines in the first half, sines in the second.
+    """inv_freq f32[r/2] -> table f32[max_positions, r]: first the cosines, then the sines.
 
     The angle is f32(position) * inv_freq in f32, as Hugging Face computes it; from there on exact.
     """
@@ -97,7 +97,7 @@ def split_rotary(config: KVCacheConfig, max_lanes: int, with_table: bool) -> Any
                             vx.store(target, dst + j, a * cosine - b * sine, lanes)
                             vx.store(target, dst + half + j, b * cosine + a * sine, lanes)
                         lanes = vx.lanes_dividing(dim - 2 * rotated, max_lanes)
-                        for j in range(2 * rotated, dim, lanes or 1):
+                        for j in range(2 * rotated, dim, lanes):
                             vx.store(target, dst + j, vx.load(source, src + j, lanes), lanes)
                     first += count
 
@@ -108,8 +108,8 @@ def split_rotary(config: KVCacheConfig, max_lanes: int, with_table: bool) -> Any
 class Rotation:
     """Emits rotations by a position in the cache, its cosines computed on the spot.
 
-    An angle is kept as a fraction of a turn in 2^-32: position * frequency is then an integer product
-    that wraps, exact to 2^-31 turns for positions below 2^16 (`F` holds 16 further bits).
+    An angle is kept as a fraction of a turn in units of 2^-32: position * frequency is then an
+    integer product that wraps, exact to one unit for positions below 2^16 (`low` has 16 more bits).
     """
 
     def __init__(self, config: KVCacheConfig, max_lanes: int) -> None:
@@ -118,8 +118,8 @@ class Rotation:
         self.lanes = vx.lanes_dividing(self.half, max_lanes)
         self.pass_lanes = vx.lanes_dividing(config.head_dim - 2 * self.half, max_lanes)
         self.scale = float(config.rope_attention_factor) ** 2  # of q and k, both applied to q
-        self.inv_freq = np.float32(config.inv_freq).astype(np.float64)
-        scaled = [round(math.modf(f / (2 * math.pi))[0] * 2**48) for f in self.inv_freq.tolist()]
+        inv_freq = np.float32(config.inv_freq).astype(np.float64).tolist()
+        scaled = [round(math.modf(f / (2 * math.pi))[0] * 2**48) for f in inv_freq]
         self.high = [(f >> 16) & 0xFFFFFFFF for f in scaled]
         self.low = [f & 0xFFFF for f in scaled]
 
@@ -141,29 +141,37 @@ class Rotation:
             b = vx.keep(load(self.half + i, self.lanes) * scale, self.lanes)
             store(i, a * cosine - b * sine, self.lanes)
             store(self.half + i, b * cosine + a * sine, self.lanes)
-        for i in range(2 * self.half, self.dim, self.pass_lanes or 1):
+        for i in range(2 * self.half, self.dim, self.pass_lanes):
             store(i, load(i, self.pass_lanes), self.pass_lanes)
 
-    def keys(self, count: int, position: Any, load: Any, store: Any) -> None:
-        """Rotate `count` keys at position, position + 1, ...: load(key, d, lanes), store(key, d, ...).
+    def prepare(self, keys: int) -> None:
+        """Once a task: cos and sin of 0 .. keys - 1 positions, so that `keys` can step."""
+        self.steps = T.alloc_buffer((keys * 2 * self.half,), "float32")
+        with T.serial(0, keys) as k:
+            for i in range(0, self.half, self.lanes):
+                cosine, sine = self.angle(k, i)
+                vx.store(self.steps, k * (2 * self.half) + i, cosine, self.lanes)
+                vx.store(self.steps, k * (2 * self.half) + self.half + i, sine, self.lanes)
 
-        cos and sin are computed for the first; those of the others follow by the addition theorem
-        with constants.
+    def keys(self, count: int, position: Any, load: Any, store: Any) -> None:
+        """Rotate `count` keys at position, position + 1, ...
+
+        load(key, d, lanes) reads them, store(key, d, value, lanes) takes the results. cos and sin
+        are computed for the first; those of the others follow by the addition theorem.
         """
-        for i in range(0, self.half, self.lanes):
+        half, lanes = self.half, self.lanes
+        for i in range(0, half, lanes):
             cosine0, sine0 = self.angle(position, i)
-            freq = self.inv_freq[i : i + self.lanes]
-            for key in range(count):
-                cosine, sine = cosine0, sine0
-                if key:
-                    step_cos = vx.constants(np.cos(key * freq).tolist(), "float32")
-                    step_sin = vx.constants(np.sin(key * freq).tolist(), "float32")
-                    cosine = vx.keep(cosine0 * step_cos - sine0 * step_sin, self.lanes)
-                    sine = vx.keep(sine0 * step_cos + cosine0 * step_sin, self.lanes)
-                a = vx.keep(load(key, i, self.lanes), self.lanes)
-                b = vx.keep(load(key, self.half + i, self.lanes), self.lanes)
-                store(key, i, a * cosine - b * sine, self.lanes)
-                store(key, self.half + i, b * cosine + a * sine, self.lanes)
-        for key in range(count):
-            for i in range(2 * self.half, self.dim, self.pass_lanes or 1):
-                store(key, i, load(key, i, self.pass_lanes), self.pass_lanes)
+            with T.serial(0, count) as key:
+                step_cos = vx.keep(vx.load(self.steps, key * (2 * half) + i, lanes), lanes)
+                step_sin = vx.keep(vx.load(self.steps, key * (2 * half) + half + i, lanes), lanes)
+                cosine = vx.keep(cosine0 * step_cos - sine0 * step_sin, lanes)
+                sine = vx.keep(sine0 * step_cos + cosine0 * step_sin, lanes)
+                a = vx.keep(load(key, i, lanes), lanes)
+                b = vx.keep(load(key, half + i, lanes), lanes)
+                store(key, i, a * cosine - b * sine, lanes)
+                store(key, half + i, b * cosine + a * sine, lanes)
+        if 2 * half < self.dim:
+            with T.serial(0, count) as key:
+                for i in range(2 * half, self.dim, self.pass_lanes):
+                    store(key, i, load(key, i, self.pass_lanes), self.pass_lanes)
