@@ -1,0 +1,163 @@
+"""A compiled library: its functions, its metadata, its KV cache. No weights, no policy.
+
+Sequence ids are non-negative integers. TVM fails midway through a run that exceeds a bound of the
+library, so whoever calls checks tokens, batch and pages first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from qcc.runtime.engine import tvm_runtime
+from qcc.runtime.engine.metadata import Metadata
+from qcc.runtime.errors import QccError
+
+POOLED_ALLOCATOR = 2
+STATE = (
+    *("add_sequence", "remove_sequence", "fork_sequence", "popn", "clear"),
+    *("begin_forward", "end_forward"),
+)
+Floats = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.int32]
+
+
+class Library:
+    """The virtual machine of one library on one device."""
+
+    def __init__(self, path: Path) -> None:
+        """Load the shared library and read its metadata.
+
+        Raises:
+            QccError: it does not load here, or another version of qcc made it.
+        """
+        self.path = path
+        self.ffi = tvm_runtime.load()
+        try:
+            # Kept: the functions live in the module's code.
+            self._module = self.ffi.load_module(str(path))
+            self.vm = self._module["vm_load_executable"]()
+            self.vm["vm_initialization"](tvm_runtime.KDL_CPU, 0, POOLED_ALLOCATOR)
+            text = str(self.vm["_metadata"]())
+        except (AttributeError, RuntimeError, OSError, ValueError) as err:
+            raise QccError(
+                f"{path}: does not load ({_first_line(err)}); compile the model on or for this "
+                "machine (qcc compile --target cpu)"
+            ) from err
+        self.metadata = Metadata.parse(text, str(path))
+        self._reshape = tvm_runtime.global_function("vm.builtin.reshape")
+        self.params: Any = None
+
+    def bind(self, slots: Sequence[Any]) -> None:
+        """Set the packed parameter tuple: tensors in the order of `metadata.slots`."""
+        self.params = self.ffi.convert(list(slots))
+
+    def repack(self, name: str, stored: Sequence[Any]) -> Any:
+        """The slot that function `name` makes of stored tensors."""
+        return self.vm[name](*stored)
+
+    def embed(self, tokens: Tokens) -> Any:
+        """int32[n] -> the hidden states [n, H], a tensor of TVM."""
+        return self.vm["embed"](self._tensor(tokens), self.params)
+
+    def prefill(self, tokens: Tokens, cache: KVCache) -> Floats:
+        """int32[n] of one sequence -> logits f32[1, V] after the last token."""
+        return self._run("prefill", self.embed(tokens), (1, len(tokens)), cache)
+
+    def batch_prefill(self, tokens: Tokens, positions: Tokens, cache: KVCache) -> Floats:
+        """int32[n], sequences one behind the other -> logits f32[b, V] at `positions` int32[b]."""
+        hidden = self.embed(tokens)
+        return self._run("batch_prefill", hidden, (1, len(tokens)), cache, self._tensor(positions))
+
+    def decode(self, tokens: Tokens, cache: KVCache) -> Floats:
+        """int32[b], one token of each sequence -> logits f32[b, V]."""
+        name = "decode" if len(tokens) == 1 else "batch_decode"
+        return self._run(name, self.embed(tokens), (len(tokens), 1), cache)
+
+    def verify(self, tokens: Tokens, cache: KVCache) -> Floats:
+        """int32[n] of one sequence -> logits f32[n, V] of every position."""
+        return self._run("batch_verify", self.embed(tokens), (1, len(tokens)), cache)
+
+    def _run(
+        self, name: str, hidden: Any, lead: tuple[int, int], cache: KVCache, *extra: Any
+    ) -> Floats:
+        shape = self.ffi.Shape((*lead, int(hidden.shape[-1])))
+        result = self.vm[name](self._reshape(hidden, shape), *extra, cache.handle, self.params)
+        logits = np.from_dlpack(result[0])
+        return cast("Floats", logits.reshape(-1, logits.shape[-1]))
+
+    def _tensor(self, values: Tokens) -> Any:
+        return self.ffi.from_dlpack(np.ascontiguousarray(values, dtype=np.int32))
+
+
+class KVCache:
+    """TVM's paged KV cache, made by the library's own function."""
+
+    def __init__(
+        self, library: Library, max_batch_size: int, total_tokens: int, prefill_chunk_size: int
+    ) -> None:
+        """Reserve pages for `total_tokens`; memory is touched only as pages fill."""
+        meta = library.metadata
+        self.sliding = (meta.sliding_window_size, max(meta.attention_sink_size, 0))
+        slides = self.sliding[0] > 0
+        sizes = (max_batch_size, total_tokens, prefill_chunk_size, meta.page_size, int(slides))
+        make = library.vm["create_tir_paged_kv_cache"]
+        self._shape = library.ffi.Shape
+        self.handle = make(*(self._shape((size,)) for size in sizes))
+        self._state = {
+            name: tvm_runtime.global_function(f"vm.builtin.kv_state_{name}") for name in STATE
+        }
+        attention = "vm.builtin.attention_kv_cache_"
+        self._slide = tvm_runtime.global_function(attention + "enable_sliding_window_for_seq")
+        self._free = tvm_runtime.global_function(attention + "get_num_available_pages")
+
+    def add(self, seq: int) -> None:
+        """Begin an empty sequence."""
+        self._state["add_sequence"](self.handle, seq)
+        if self.sliding[0] > 0:
+            self._slide(self.handle, seq, *self.sliding)
+
+    def remove(self, seq: int) -> None:
+        """Forget a sequence and free its pages."""
+        self._state["remove_sequence"](self.handle, seq)
+
+    def fork(self, parent: int, child: int, position: int = -1) -> None:
+        """Begin `child` with the first `position` tokens of `parent` (-1: all)."""
+        self._state["fork_sequence"](self.handle, parent, child, position)
+
+    def pop(self, seq: int, count: int) -> None:
+        """Forget the last `count` tokens; never of a sequence that has slid."""
+        self._state["popn"](self.handle, seq, count)
+
+    def clear(self) -> None:
+        """Forget all sequences."""
+        self._state["clear"](self.handle)
+
+    def begin(self, seqs: Sequence[int], lengths: Sequence[int]) -> None:
+        """Announce a run that appends `lengths[i]` tokens to sequence `seqs[i]`."""
+        self._state["begin_forward"](self.handle, self._shape(seqs), self._shape(lengths))
+
+    def end(self) -> None:
+        """The run that `begin` announced is over."""
+        self._state["end_forward"](self.handle)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return int(self._free(self.handle))
+
+
+def total_pages(meta: Metadata, max_batch_size: int, total_tokens: int) -> int:
+    """Pages that TVM allocates for a cache of this size (paged_kv_cache.cc)."""
+    sliding = 2 * max_batch_size if meta.sliding_window_size > 0 else 0
+    return math.ceil(total_tokens / meta.page_size) + 1 + sliding
+
+
+def _first_line(err: Exception) -> str:
+    lines = [line for line in str(err).splitlines() if line.strip()]
+    return lines[-1] if lines else type(err).__name__

@@ -1,0 +1,151 @@
+"""What a compiled library says of itself: `_metadata()` (CONTRACTS section 4), checked."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from qcc.runtime.errors import QccError
+
+FORMAT = 1
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint32": 4, "int32": 4}
+DTYPE_BYTES |= {"uint16": 2, "int16": 2, "uint8": 1, "int8": 1}
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """A tensor without its data."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in C order."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One entry of the packed parameter tuple: `repack`(stored tensors), or one as it is."""
+
+    type: TensorType
+    stored: tuple[str, ...]
+    repack: str | None
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """The fields that the runtime uses. Sizes in tokens; -1 where the library has none."""
+
+    target: str
+    context_window_size: int
+    sliding_window_size: int
+    attention_sink_size: int
+    prefill_chunk_size: int
+    max_batch_size: int
+    vocab_size: int
+    page_size: int
+    compute_dtype: str
+    kv_dtype: str
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_table_bytes: int
+    memory_usage: dict[str, int]
+    params: tuple[TensorType, ...]
+    slots: tuple[Slot, ...]
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Metadata:
+        """Parse the JSON text of `_metadata()`; `where` is the library, for errors.
+
+        Raises:
+            QccError: not made by this version of qcc, or inconsistent.
+        """
+        try:
+            data = json.loads(text)
+            found = data.get("qcc", {}).get("format")
+            if found != FORMAT:
+                raise QccError(
+                    f"{where}: library format {found!r}, this qcc runs format {FORMAT}; "
+                    "compile the model again with qcc compile"
+                )
+            return cls(**_sizes(data), **_kv(data), **_tensors(data))
+        except (AttributeError, KeyError, TypeError, ValueError) as err:
+            raise QccError(
+                f"{where}: unusable _metadata ({type(err).__name__}: {err}); "
+                "compile the model again with qcc compile"
+            ) from err
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens of one sequence; None with a sliding window: no limit."""
+        return None if self.sliding_window_size > 0 else self.context_window_size
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of keys and values of one token, all layers."""
+        per_layer = 2 * self.num_key_value_heads * self.head_dim * DTYPE_BYTES[self.kv_dtype]
+        return self.num_hidden_layers * per_layer
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(slot.type.nbytes for slot in self.slots)
+
+
+def _sizes(data: dict[str, Any]) -> dict[str, Any]:
+    names = ("context_window_size", "sliding_window_size", "attention_sink_size")
+    sizes = {name: int(data[name]) for name in (*names, "prefill_chunk_size", "max_batch_size")}
+    if sizes["context_window_size"] < 1 and sizes["sliding_window_size"] < 1:
+        raise ValueError("neither context_window_size nor sliding_window_size is positive")
+    if min(sizes["prefill_chunk_size"], sizes["max_batch_size"]) < 1:
+        raise ValueError("prefill_chunk_size or max_batch_size is not positive")
+    usage = {str(name): int(size) for name, size in data["memory_usage"].items()}
+    return {**sizes, "vocab_size": int(data["active_vocab_size"]), "memory_usage": usage}
+
+
+def _kv(data: dict[str, Any]) -> dict[str, Any]:
+    kv, own = data["kv_cache"], data["qcc"]
+    names = ("num_hidden_layers", "num_key_value_heads", "head_dim")
+    for key in ("compute_dtype", "kv_dtype"):
+        if own[key] not in DTYPE_BYTES:
+            raise ValueError(f"{key} {own[key]!r}")
+    return {
+        **{name: int(kv[name]) for name in names},
+        "target": str(own["target"]),
+        "page_size": int(own["page_size"]),
+        "compute_dtype": own["compute_dtype"],
+        "kv_dtype": own["kv_dtype"],
+        "rope_table_bytes": int(own.get("rope_table_bytes", 0)),
+    }
+
+
+def _tensors(data: dict[str, Any]) -> dict[str, Any]:
+    params = tuple(_type(item) for item in data["params"])
+    known = {param.name for param in params}
+    slots = []
+    for item in data["qcc"]["slots"]:
+        slot = Slot(_type(item), tuple(map(str, item["from"])), item["repack"])
+        unknown = [name for name in slot.stored if name not in known]
+        if unknown:
+            raise ValueError(f"slot {slot.type.name!r} is made from unknown {unknown}")
+        if slot.repack is None and len(slot.stored) != 1:
+            raise ValueError(
+                f"slot {slot.type.name!r} takes {len(slot.stored)} tensors as they are"
+            )
+        slots.append(slot)
+    return {"params": params, "slots": tuple(slots)}
+
+
+def _type(item: dict[str, Any]) -> TensorType:
+    if item["dtype"] not in DTYPE_BYTES:
+        raise ValueError(f"{item['name']!r} has dtype {item['dtype']!r}")
+    return TensorType(str(item["name"]), tuple(map(int, item["shape"])), item["dtype"])
