@@ -1,0 +1,99 @@
+"""Does it fit: the budget of a model against the memory that is available. Bytes everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qcc.runtime.engine.library import total_pages
+from qcc.runtime.engine.metadata import Metadata
+from qcc.runtime.errors import QccError
+
+GENERATING = ("embed", "prefill", "decode", "batch_prefill", "batch_decode")
+
+
+def available_bytes() -> int:
+    """Memory that this process can still take: the machine's, or its control group's if less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        stat = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        # Files of the page cache count as used, though the kernel gives them up when asked.
+        files = sum(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
+    except (OSError, ValueError, IndexError):
+        return free  # "max", or no control group
+    return min(free, max(0, limit - used + files))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model needs, in bytes."""
+
+    weights: int
+    kv_cache: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv_cache + self.temporaries
+
+    def __str__(self) -> str:
+        parts = (self.weights, self.kv_cache, self.temporaries)
+        return "weights {} + KV cache {} + temporaries {} MB".format(
+            *(f"{p / 1e6:,.0f}" for p in parts)
+        )
+
+
+def budget(meta: Metadata, max_batch_size: int, total_tokens: int) -> Budget:
+    """The budget with a KV cache of `total_tokens`, from the library's own figures."""
+    pages = total_pages(meta, max_batch_size, total_tokens)
+    used = [size for name, size in meta.memory_usage.items() if name in GENERATING]
+    return Budget(
+        meta.weight_bytes,
+        pages * meta.page_size * meta.kv_token_bytes + meta.rope_table_bytes,
+        max(used, default=0),
+    )
+
+
+def choose_total_tokens(meta: Metadata, length: int, max_batch_size: int, available: int) -> int:
+    """Tokens of the KV cache: `length` for each of the batch if that fits, else as many as fit.
+
+    Raises:
+        QccError: not even one sequence of `length` tokens fits.
+    """
+    total = length * max_batch_size
+    over = budget(meta, max_batch_size, total).total - available
+    if over <= 0:
+        return total
+    fits = total - -(-over // max(meta.kv_token_bytes, 1))
+    fits = fits // meta.page_size * meta.page_size
+    if fits >= length:
+        return fits
+    need = budget(meta, 1, length)
+    text = (
+        f"the model needs {need.total / 1e6:,.0f} MB ({need}), available are "
+        f"{available / 1e6:,.0f} MB"
+    )
+    if meta.sliding_window_size < 0 and fits >= meta.page_size:
+        raise QccError(f"{text}; lower --context-window from {length} to {fits} or less")
+    raise QccError(
+        f"{text}; close other programs or choose a scheme of fewer bits (qcc list schemes)"
+    )
+
+
+def report(meta: Metadata) -> dict[str, Any]:
+    """The full budget of a library as plain data, for `qcc show`."""
+    tokens = max(meta.context_window_size, meta.sliding_window_size) * meta.max_batch_size
+    full = budget(meta, meta.max_batch_size, tokens)
+    return {
+        "budget": {**asdict(full), "total": full.total},
+        "kv_tokens": tokens,
+        "kv_bytes_per_token": meta.kv_token_bytes,
+        "memory_usage": dict(meta.memory_usage),
+    }
