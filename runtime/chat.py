@@ -1,0 +1,92 @@
+"""Conversations: the history, and the prompt that the model's chat template makes of it.
+
+Knows neither tokens nor the engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qcc.runtime.errors import QccError
+from qcc.runtime.template import ChatTemplate
+
+
+def find_template(folder: Path) -> tuple[str | None, Path]:
+    """(source of a folder's chat template or None, the file it is in).
+
+    chat_template.jinja comes before tokenizer_config.json; of named ones `default`, else the first.
+
+    Raises:
+        QccError: a file that is there and cannot be read.
+    """
+    path = folder / "chat_template.jinja"
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8"), path
+        path = folder / "tokenizer_config.json"
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as err:
+        raise QccError(f"{path}: cannot be read: {err}") from err
+    found = data.get("chat_template") if isinstance(data, dict) else None
+    if isinstance(found, list):  # {"name": ..., "template": ...}
+        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        found = named.get("default") or next(iter(named.values()), None)
+    return (found if isinstance(found, str) else None), path
+
+
+def load_template(folder: Path, special_texts: Mapping[str, str]) -> ChatTemplate:
+    """The chat template of an artifact; `special_texts`: {"bos_token": "<s>"}.
+
+    Raises:
+        QccError: there is none, or it is not valid.
+    """
+    source, where = find_template(folder)
+    if source is None:
+        raise QccError(
+            f"{folder}: the model has no chat template (a base model?); use qcc generate, or put a "
+            "chat_template.jinja into the folder"
+        )
+    return ChatTemplate(source, special_texts, str(where))
+
+
+@dataclass
+class Conversation:
+    """The messages of a chat, and the template that makes the prompt."""
+
+    template: ChatTemplate
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def ask(self, text: str) -> str:
+        """Add the user's message; returns the prompt for the answer.
+
+        Raises:
+            QccError: the template refuses; the message is not kept.
+        """
+        self.messages.append({"role": "user", "content": text})
+        try:
+            return self.prompt()
+        except QccError:
+            self.messages.pop()
+            raise
+
+    def answer(self, text: str) -> None:
+        """Add the assistant's message."""
+        self.messages.append({"role": "assistant", "content": text})
+
+    def take_back(self) -> None:
+        """Remove the last question, which got no answer."""
+        if self.messages and self.messages[-1]["role"] == "user":
+            self.messages.pop()
+
+    def reset(self) -> None:
+        """Forget all messages; the system message stays."""
+        self.messages.clear()
+
+    def prompt(self) -> str:
+        """The rendered conversation, up to where the assistant's answer begins."""
+        lead = [{"role": "system", "content": self.system}] if self.system else []
+        return self.template.render([*lead, *self.messages])
