@@ -1,12 +1,28 @@
 """qcc.compiler: from a checkpoint to a library, in the order in which data passes.
 
-  cli/        one file a verb
-  driver.py   the steps, in order, on one page
-  source.py   MODEL on the command line -> a local checkpoint folder
-  config.py   config.json -> ModelConfig
-  models/     one file an architecture, over shared blocks: ModelConfig -> Relax IRModule
-  passes/     one file a pass; pipeline.py is the list
-  build.py    IRModule + target -> library
-  weights/    read, map, quantize, write shards
-  chat_config.py  mlc-chat-config.json and the tokenizer files
+cli/        one file a verb
+driver.py   the steps, in order, on one page
+source.py   MODEL on the command line -> a local checkpoint folder
+config.py   config.json -> ModelConfig
+models/     one file an architecture, over shared blocks: ModelConfig -> Relax IRModule
+passes/     one file a pass; pipeline.py is the list
+build.py    IRModule + target -> library
+weights/    read, map, quantize, write shards
+chat_config.py  mlc-chat-config.json and the tokenizer files; conv_template.py inside it
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcc.compiler.driver import CompileOptions, compile_model, convert_model
+
+__all__ = ["CompileOptions", "compile_model", "convert_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the driver, and with it TVM, only when it is asked for: `qcc --help` stays fast."""
+    if name in __all__:
+        from qcc.compiler import driver
+
+        return getattr(driver, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

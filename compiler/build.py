@@ -65,7 +65,9 @@ def kv_cache_config(plan: Plan, dtype: str) -> KVCacheConfig:
     )
 
 
-def quantized_module(plan: Plan, specs: tuple[WeightSpec, ...], spec: TargetSpec, target: Any) -> Any:
+def quantized_module(
+    plan: Plan, specs: tuple[WeightSpec, ...], spec: TargetSpec, target: Any
+) -> Any:
     """The module with all that clients call, before any lowering: the executable reference."""
     from qcc.compiler.models.blocks import export
     from qcc.compiler.passes import pipeline

@@ -21,10 +21,12 @@ HARMLESS_KEYS = frozenset(
     initializer_range pretraining_tp bos_token_id eos_token_id pad_token_id unk_token_id
     attention_dropout hidden_dropout classifier_dropout attention_probs_dropout_prob
     hidden_dropout_prob resid_pdrop embd_pdrop gradient_checkpointing model_type is_decoder
-    output_attentions output_hidden_states return_dict use_return_dict torchscript chunk_size_feed_forward
+    output_attentions output_hidden_states return_dict use_return_dict torchscript
+    chunk_size_feed_forward
     id2label label2id problem_type task_specific_params _attn_implementation
-    _attn_implementation_autoset tokenizer_class finetuning_task rope_theta_comment cross_attention_hidden_size
-    add_cross_attention is_encoder_decoder tie_encoder_decoder pruned_heads keys_to_ignore_at_inference
+    _attn_implementation_autoset tokenizer_class finetuning_task cross_attention_hidden_size
+    add_cross_attention is_encoder_decoder tie_encoder_decoder pruned_heads
+    keys_to_ignore_at_inference
     """.split()
 )
 
@@ -47,7 +49,9 @@ class ConfigReader:
         """A whole number >= `minimum`."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise QccError(f"{self.where}: {key} is {value!r}, it must be a whole number >= {minimum}")
+            raise QccError(
+                f"{self.where}: {key} is {value!r}, it must be a whole number >= {minimum}"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -78,9 +82,10 @@ class ConfigReader:
         for key, value in self.raw.items():
             if key in self._read or key in HARMLESS_KEYS or value is None or value == {}:
                 continue
+            hint = did_you_mean(key, self._read)
             raise QccError(
-                f"{self.where}: unknown key {key!r} = {str(value)[:60]}{did_you_mean(key, self._read)}; "
-                "it may change the numbers, so it is refused; remove it if it does not"
+                f"{self.where}: unknown key {key!r} = {str(value)[:60]}{hint}; it may change the "
+                "numbers, so it is refused; remove it if it does not"
             )
 
 

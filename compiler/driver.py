@@ -59,6 +59,7 @@ def compile_model(
     """
     options, steps = options or CompileOptions(), steps or Steps(None)
     specs_of_targets = [find_target(name) for name in options.targets]
+    suffixes = [spec.resolve(options.build)[1] for spec in specs_of_targets]
     with steps.step("Read the checkpoint") as step:
         source = locate(model, options.allow_pickle)
         chunks = [target.default_prefill_chunk for target in specs_of_targets]
@@ -70,9 +71,8 @@ def compile_model(
         source_sum = pool.submit(checksum, source)
         before = _check_folder(out, plan, source_sum.result, options.force)
         built = {}
-        for spec in specs_of_targets:
+        for spec, suffix in zip(specs_of_targets, suffixes, strict=True):
             with steps.step(f"Build the {spec.name} library") as step:
-                _, suffix = spec.resolve(options.build)
                 path = staging / f"{suffix}.{spec.library_extension}"
                 build_library(plan, specs, spec, options.build, path, options.dump_ir)
                 built[suffix] = path

@@ -57,13 +57,16 @@ def choose_sizes(config: ModelConfig, flags: SizeFlags, default_chunk: int) -> S
         minimum = 0 if field.name == "attention_sink" else 1
         if value is not None and value < minimum:
             raise QccError(f"--{field.name.replace('_', '-')} {value}: must be {minimum} or more")
-    limit = config.max_position_embeddings
+    trained = config.max_position_embeddings
+    limit = trained
+    if config.rope.rope_type == "dynamic":  # the base grows with the length, up to factor times
+        limit = int(trained * config.rope.factor)
     if flags.context_window is not None and flags.context_window > limit:
         raise QccError(
-            f"--context-window {flags.context_window} exceeds the model's "
-            f"max_position_embeddings {limit}; use {limit} or less"
+            f"--context-window {flags.context_window} exceeds the {limit} positions that the model "
+            f"has (max_position_embeddings {trained}); use {limit} or less"
         )
-    context = flags.context_window or min(limit, DEFAULT_CONTEXT)
+    context = flags.context_window or min(trained, DEFAULT_CONTEXT)
     window = flags.sliding_window or config.sliding_window
     if (
         flags.sliding_window

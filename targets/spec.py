@@ -14,8 +14,8 @@ class KVCacheConfig:
 
     `inv_freq` holds rotary_dim / 2 angular frequencies (radians a position) after the scaling of
     the rope type; cos and sin are multiplied by `rope_attention_factor`. Dimensions from
-    `rotary_dim` on pass through unrotated. Pairs are (i, i + rotary_dim / 2). `max_positions` bounds
-    every position. A `sliding_window_size` of -1 means full attention.
+    `rotary_dim` on pass through unrotated. Pairs are (i, i + rotary_dim / 2). `max_positions`
+    bounds every position. A `sliding_window_size` of -1 means full attention.
     """
 
     num_hidden_layers: int

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcc.compiler.driver import CompileOptions
 
 HELP = "compile a checkpoint into a library and quantized weights"
 EXAMPLE = "qcc compile ./Llama-3.2-1B --quant q4f16_1 --target cpu -o ./llama-q4"
@@ -74,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def model_options(args: argparse.Namespace, **others: object):  # type: ignore[no-untyped-def]
+def model_options(args: argparse.Namespace, **others: Any) -> CompileOptions:
     """CompileOptions of parsed arguments."""
     from qcc.compiler.driver import CompileOptions
     from qcc.compiler.sizes import SizeFlags

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """How one parameter of a module is made: source tensors stacked along rows, then a transform."""
+    """How a parameter of a module is made: source tensors stacked along rows, then a transform."""
 
     sources: tuple[SourceTensor, ...]
     transform: Transform | None = None
@@ -61,7 +61,7 @@ def stacked(
     parts = fused[leaf]
     if len(parts) == 3:
         kv_rows = config.num_key_value_heads * config.head_dim
-        rows = (config.num_attention_heads * config.head_dim, kv_rows, kv_rows)
+        rows: tuple[int, ...] = (config.num_attention_heads * config.head_dim, kv_rows, kv_rows)
     else:
         rows = (shape[0] // len(parts),) * len(parts)
     return WeightSource(

@@ -105,7 +105,9 @@ class Attention(nn.Module):  # type: ignore[misc]
         rows = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, rows, config.qkv_bias)
         self.out_name = out_name
-        setattr(self, out_name, Linear(self.heads * self.head_dim, config.hidden_size, config.o_bias))
+        setattr(
+            self, out_name, Linear(self.heads * self.head_dim, config.hidden_size, config.o_bias)
+        )
 
     def forward(self, x: nn.Tensor, kv: PagedKVCache, layer: int) -> nn.Tensor:
         """x [b, s, h] -> [b, s, h]."""
@@ -219,9 +221,7 @@ class CausalLM(nn.Module):  # type: ignore[misc]
 
 def parameters(model: CausalLM) -> list[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every parameter, in the order of the packed tuple."""
-    return [
-        (name, tuple(int(d) for d in param.shape)) for name, param in model.named_parameters()
-    ]
+    return [(name, tuple(int(d) for d in param.shape)) for name, param in model.named_parameters()]
 
 
 def export(model: CausalLM, dtype: str) -> Any:

@@ -140,7 +140,9 @@ def source(config: ModelConfig, name: str, shape: tuple[int, ...]) -> WeightSour
         """Rows [heads, 3, head_dim] -> [3, heads, head_dim]."""
         return x.reshape(heads, 3, head_dim, -1).swapaxes(0, 1).reshape(shape)
 
-    return WeightSource((SourceTensor(name.replace("qkv_proj", "query_key_value"), shape),), by_kind)
+    return WeightSource(
+        (SourceTensor(name.replace("qkv_proj", "query_key_value"), shape),), by_kind
+    )
 
 
 ARCHITECTURE = Architecture(

@@ -51,9 +51,7 @@ def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """config.json of a LlamaForCausalLM."""
     reader = ConfigReader(raw, where)
     bias = reader.flag("attention_bias", False)
-    return read_common(
-        reader, qkv_bias=bias, o_bias=bias, mlp_bias=reader.flag("mlp_bias", False)
-    )
+    return read_common(reader, qkv_bias=bias, o_bias=bias, mlp_bias=reader.flag("mlp_bias", False))
 
 
 class DecoderLayer(nn.Module):  # type: ignore[misc]

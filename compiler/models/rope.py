@@ -1,7 +1,7 @@
 """Rotary position embeddings: config.json -> RopeConfig -> angular frequencies.
 
-Both spellings are read: `rope_theta` + `rope_scaling`, and the newer `rope_parameters`. Formulas are
-those of transformers' modeling_rope_utils (yarn: arXiv 2309.00071), computed in f32 as there.
+Both spellings are read: `rope_theta` + `rope_scaling`, and the newer `rope_parameters`. Formulas
+are those of transformers' modeling_rope_utils (yarn: arXiv 2309.00071), computed in f32 as there.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def rope_from_hf(
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
     if rope_type not in _KEYS:
         raise QccError(
-            f"{reader.where}: rope type {rope_type!r} is not supported; supported: {', '.join(_KEYS)}"
+            f"{reader.where}: rope type {rope_type!r} is not supported; "
+            f"supported: {', '.join(_KEYS)}"
         )
     required, optional = _KEYS[rope_type]
     for key in scaling:
@@ -91,7 +92,7 @@ def rope_from_hf(
 
 
 def frequencies(rope: RopeConfig, context_window_size: int) -> tuple[tuple[float, ...], float]:
-    """Angular frequencies (radians a position; rotary_dim / 2 of them) and the factor on cos and sin.
+    """rotary_dim / 2 angular frequencies (radians a position), and the factor on cos and sin.
 
     `dynamic` depends on the length: it is fixed to `context_window_size` when compiling.
     """

@@ -1,7 +1,7 @@
 """BoundShapes: upper bounds of the symbolic extents, so that memory can be planned.
 
 Before:  def prefill(input_embed: Tensor((1, n, h)), ...)
-After:   the same with attribute tir_var_upper_bound = {"n": prefill_chunk_size, "b": max_batch_size}
+After:   the same with attribute tir_var_upper_bound = {"n": prefill_chunk_size, "b": ...}
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Before:  w = packed[3]; p = call_tir(repack, (w,)); y = call_tir(gemv, (x, p, ..
 After:   p = packed[7]; y = call_tir(gemv, (x, p, ...))     # packed now holds slots
          def repack_0(t): return call_tir(repack, (t,))     # exported
 
-Every function takes the same tuple of slots, the union over all functions: a slot is a stored tensor as it
-is, or one repack function of stored tensors. `slots` on the pass holds the table afterwards.
+Every function takes the same tuple of slots, the union over all functions: a slot is a stored
+tensor as it is, or one repack function of stored tensors. `slots` on the pass holds the table
+afterwards.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ class HoistRepack:
         ]
         for _, func in functions:
             collector.collect(func)
-        table, self.slots = collector.finish()
-        rewrite = _Rewrite(mod, table, [rx.TensorType(s.shape, s.dtype) for s in self.slots])
+        keys, self.slots = collector.finish()
+        rewrite = _Rewrite(
+            mod, keys, collector.names, [rx.TensorType(s.shape, s.dtype) for s in self.slots]
+        )
         for gv, func in functions:
             rewrite.function(gv, func)
         for name, (gv, types, out) in collector.repack_functions.items():
@@ -122,14 +125,16 @@ class _Collect(PyExprVisitor):  # type: ignore[misc]
         ordered = sorted(self.keys.items(), key=lambda item: (item[0][0], item[0][1] or ""))
         slots = [Slot(key[0], key[1], *value) for key, value in ordered]
         by_key: dict[Any, int] = {key: i for i, (key, _) in enumerate(ordered)}
-        return {"keys": by_key, "names": self.names}, slots
+        return by_key, slots
 
 
 @mutator
 class _Rewrite(PyExprMutator):  # type: ignore[misc]
-    def __init__(self, mod: tvm.IRModule, table: dict[Any, Any], types: list[Any]) -> None:
+    def __init__(
+        self, mod: tvm.IRModule, keys: dict[Any, int], names: dict[Any, str], types: list[Any]
+    ) -> None:
         super().__init__(mod)
-        self.mod, self.keys, self.names = mod, table["keys"], table["names"]
+        self.mod, self.keys, self.names = mod, keys, names
         self.slot_type = rx.TupleType(types)
         self.index_of: dict[Any, int] = {}
         self.packed: rx.Var | None = None

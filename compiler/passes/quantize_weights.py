@@ -54,9 +54,7 @@ def dequantize_func(fmt: WeightFormat, n: int, k: int, dtype: str) -> tirx.PrimF
     """(stored parts) -> dtype[n, k]."""
     inputs = _inputs(fmt, n, k)
     shape = [tirx.IntImm("int64", n), tirx.IntImm("int64", k)]
-    out = te.compute(
-        shape, lambda i, j: _element(fmt, inputs, i, j, dtype), name="dequantize"
-    )
+    out = te.compute(shape, lambda i, j: _element(fmt, inputs, i, j, dtype), name="dequantize")
     return _finish([*inputs, out], "dequantize", fmt)
 
 
@@ -98,7 +96,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         super().__init__(mod)
         self.mod, self.specs, self.dtype = mod, specs, dtype
         self.first: list[int] = []  # index of each weight's first stored tensor
-        fields = []
+        fields: list[Any] = []
         for spec in specs:
             self.first.append(len(fields))
             fields += [rx.TensorType(part.shape, part.dtype) for part in spec.stored]
@@ -119,9 +117,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         self.weight_of = {}
         self.set_var_remap(self.old_packed, self.new_packed)
         body = self.visit_with_new_scope(func.body)
-        return rx.Function(
-            [*inputs, self.new_packed], body, func.ret_ty, func.is_pure, func.attrs
-        )
+        return rx.Function([*inputs, self.new_packed], body, func.ret_ty, func.is_pure, func.attrs)
 
     def visit_var_binding_(self, binding: rx.VarBinding) -> None:
         value = binding.value

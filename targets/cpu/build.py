@@ -67,9 +67,10 @@ def _probe(triple: str) -> Any:
 
 
 def _host_attributes(mcpu: str) -> list[str]:
-    """Features that LLVM's description of `mcpu` has and this machine lacks, switched off.
+    """Features where this machine differs from LLVM's description of `mcpu`, as +name or -name.
 
-    A virtual machine often hides some: code for the bare name would then stop with SIGILL.
+    LLVM tells a processor by its model number; a virtual machine may show an older number than its
+    features, or hide features, and code for the bare name would then stop with SIGILL.
     """
     import tvm
 
@@ -84,11 +85,12 @@ def _host_attributes(mcpu: str) -> list[str]:
         "amx-int8": "amx_int8", "amx-bf16": "amx_bf16", "avx2": "avx2", "fma": "fma",
         "f16c": "f16c",
     }  # fmt: skip
-    return [
-        f"-{feature}"
-        for feature, flag in checked.items()
-        if flag not in flags and tvm.target.codegen.llvm_cpu_has_features(feature, named)
-    ]
+    attributes = []
+    for feature, flag in checked.items():
+        described = tvm.target.codegen.llvm_cpu_has_features(feature, named)
+        if (flag in flags) != described:
+            attributes.append(f"{'-' if described else '+'}{feature}")
+    return attributes
 
 
 def _cpu_flags() -> set[str]:
@@ -117,11 +119,13 @@ def export(executable: Any, path: Path, options: BuildOptions) -> None:
     machine = _machine(options.triple) if options.triple else platform.machine()
     linker = find_linker(machine)
     if linker is None:
-        needed = "gcc" if machine == platform.machine() else f"gcc-{machine.replace('_', '-')}-linux-gnu"
+        needed = (
+            "gcc" if machine == platform.machine() else f"gcc-{machine.replace('_', '-')}-linux-gnu"
+        )
         raise QccError(f"no linker for {machine} shared objects: install Debian's package {needed}")
 
     def link(output: str, objects: list[str], **_: Any) -> None:
-        command = [linker, "-shared", "-fPIC", "-o", output, *objects]
+        command = [linker, "-shared", "-fPIC", "-s", "-o", output, *objects]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise QccError(f"{linker} failed: {done.stderr.strip().splitlines()[-1:]}")

@@ -2,8 +2,8 @@
 
 Stored (canonical):  q_weight uint32[n, w], q_scale[n, g] (KN: transposed), float weight [n, k]
 Here (lanes L):      words uint32[n', w, L], scales[n', g, L], float weight [n', k, L]
-with row = block * L + lane and n' = ceil(n / L) rounded up to whole GEMM panels, padded with 0. So one
-aligned vector load takes one word (or number) of L rows. Scales stay f16 or f32; bf16 scales
+with row = block * L + lane and n' = ceil(n / L) rounded up to whole GEMM panels, padded with 0. So
+one aligned vector load takes one word (or number) of L rows. Scales stay f16 or f32; bf16 scales
 become f32, and bf16 weights travel as their bits in uint16.
 """
 
@@ -67,7 +67,9 @@ def repack_func(fmt: WeightFormat, n: int, k: int, part: int, isa: Isa) -> tirx.
         return tirx.if_then_else(row < n, value, tirx.const(0, dtype))
 
     out = te.compute([tirx.IntImm("int64", d) for d in shape], element, name="repack")
-    return te.create_prim_func([source, out]).without_attr("global_symbol").with_attr(ROLE, "repack")
+    return (
+        te.create_prim_func([source, out]).without_attr("global_symbol").with_attr(ROLE, "repack")
+    )
 
 
 @cache

@@ -46,7 +46,9 @@ def _step(fmt: WeightFormat) -> int:
     return fmt.group if fmt.group is not None else FLOAT_STEP
 
 
-def _numbers(isa: Isa, fmt: WeightFormat, parts: list[Any], block: Any, step: Any, count: int) -> Any:
+def _numbers(
+    isa: Isa, fmt: WeightFormat, parts: list[Any], block: Any, step: Any, count: int
+) -> Any:
     """Yield (column in the step, f32 vector before the scale) for `count` columns of a step."""
     size = _step(fmt)
     lanes = lanes_from(0, isa.lanes)
@@ -146,7 +148,17 @@ def gemm(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
                         )
                 with serial(tirx.floordiv(rows + isa.tile_m - 1, isa.tile_m)) as tile:
                     _micro_tile(
-                        isa, x, expanded, out, tile * isa.tile_m, rows, panel, index, chunk, columns, n
+                        isa,
+                        x,
+                        expanded,
+                        out,
+                        tile * isa.tile_m,
+                        rows,
+                        panel,
+                        index,
+                        chunk,
+                        columns,
+                        n,
                     )
 
             if k >= chunk:
@@ -177,9 +189,7 @@ def _expand(
     scale = None if fmt.is_float else T.bind(_scale(isa, fmt, parts, block, group))
     for column, number in _numbers(isa, fmt, parts, block, group, count):
         value = number if scale is None else number * scale
-        T.buffer_store(
-            expanded, value, [s * step + column, lanes_from(v * isa.lanes, isa.lanes)]
-        )
+        T.buffer_store(expanded, value, [s * step + column, lanes_from(v * isa.lanes, isa.lanes)])
 
 
 def _micro_tile(
@@ -273,7 +283,9 @@ def table_rows(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
     return kernel("table_rows", args, body, {ROLE: "table_rows"})
 
 
-def _scalar(fmt: WeightFormat, parts: list[Any], block: Any, lane: Any, column: Any, step: int) -> Any:
+def _scalar(
+    fmt: WeightFormat, parts: list[Any], block: Any, lane: Any, column: Any, step: int
+) -> Any:
     """One f32 number of the repacked layout."""
     if fmt.is_float:
         value = parts[0][block, column, lane]

@@ -1,11 +1,12 @@
 """LowerLinear: linear layers become our GEMV and GEMM over repacked weights.
 
 Before:  y = matmul(x, permute_dims(call_tir(dequantize, (q, s))))       # or a plain float weight
-After:   p0 = call_tir(repack, (q,)); p1 = call_tir(repack, (s,))        # HoistRepack moves these out
+After:   p0 = call_tir(repack, (q,)); p1 = call_tir(repack, (s,))     # HoistRepack moves these out
          y = call_tir(gemv or gemm, (reshape(x), p0, p1)), reshaped back
 
-Norms and biases stored in 16 bits are cast to f32 the same way. The rows of a table that some function multiplies with as well (a tied lm_head) are read from the
-repacked weight, so that the table is in memory once. Decides on `qcc.role` attributes alone.
+Norms and biases stored in 16 bits are cast to f32 the same way. The rows of a table that some
+function multiplies with as well (a tied lm_head) are read from the repacked weight, so that the
+table is in memory once. Decides on `qcc.role` attributes alone.
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ def _match(mod: tvm.IRModule, bindings: dict[Any, Any], call: Any) -> _Linear | 
     """matmul(x, permute_dims(W)) with W dequantized or a stored float matrix, else None."""
     if not _op(call, "relax.matmul"):
         return None
-    transposed = bindings.get(call.args[1])
+    transposed: Any = bindings.get(call.args[1])
     if not _op(transposed, "relax.permute_dims") or len(transposed.ty.shape) != 2:
         return None
     weight = transposed.args[0]
-    value = bindings.get(weight)
+    value: Any = bindings.get(weight)
     n, k = (int(d) for d in weight.ty.shape)
     if _role(mod, value) == "dequantize":
         return _Linear(_format(mod, value), n, k, list(value.args[1]))

@@ -61,14 +61,10 @@ def _schedule_block(schedule: s_tir.Schedule, block: Any, isa: Isa) -> None:
     if not loops or len(loops) != len(kinds):
         return
     spatial = [
-        loop
-        for loop, kind in zip(loops, kinds, strict=True)
-        if kind == tirx.IterVar.DataPar
+        loop for loop, kind in zip(loops, kinds, strict=True) if kind == tirx.IterVar.DataPar
     ]
     reduced = [
-        loop
-        for loop, kind in zip(loops, kinds, strict=True)
-        if kind == tirx.IterVar.CommReduce
+        loop for loop, kind in zip(loops, kinds, strict=True) if kind == tirx.IterVar.CommReduce
     ]
     if len(spatial) + len(reduced) != len(loops) or not spatial:
         return
