@@ -37,10 +37,14 @@ _LISTED = 5  # names in an error
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows of a weight: `flat` [rows * k] read when called; `source` names them in errors."""
+    """Rows of a weight: `read` gives them as [rows * k]; `source` names them in errors.
+
+    `nbytes` is their share of the checkpoint, for the progress.
+    """
 
     source: str
     rows: int
+    nbytes: int
     read: Callable[[], Array]
 
 
@@ -149,7 +153,7 @@ def _convert(
             flat = block.read()
             result = kernels.cast(flat, fmt.dtype)
             _check_finite(result, flat, spec, block.source)
-            return flat.nbytes, result
+            return block.nbytes, result
 
         def chunks() -> Iterator[Array]:
             for nbytes, result in window.map(cast, blocks):
@@ -164,7 +168,7 @@ def _convert(
         words, scales = kernels.quantize(flat.reshape(block.rows, k), fmt)
         # A NaN or an infinity among the weights is one in the scale of its group.
         _check_finite(scales, flat, spec, block.source)
-        return flat.nbytes, words, scales
+        return block.nbytes, words, scales
 
     scale_rows: list[Array] = []
 
@@ -192,23 +196,27 @@ def _source_blocks(checkpoint: Checkpoint, spec: WeightSpec, k: int) -> Iterator
     """Blocks of rows, source after source."""
     for source in spec.sources:
         rows = math.prod(source.shape) // k
-        step = max(1, BLOCK_BYTES // (k * ITEMSIZE[checkpoint.dtype(source.name)]))
+        row_bytes = k * ITEMSIZE[checkpoint.dtype(source.name)]
+        step = max(1, BLOCK_BYTES // row_bytes)
         for row in range(0, rows, step):
             stop = min(row + step, rows)
 
-            def read(name: str = source.name, start: int = row * k, end: int = stop * k) -> Array:
-                size = (end - start) * ITEMSIZE[checkpoint.dtype(name)]
-                return checkpoint.read_flat(
-                    name, start, end, kernels.aligned_empty((size,), np.uint8)
-                )
+            nbytes = (stop - row) * row_bytes
 
-            yield _Block(source.name, stop - row, read)
+            def read(
+                name: str = source.name, at: int = row * k, end: int = stop * k, size: int = nbytes
+            ) -> Array:
+                buffer = kernels.aligned_empty((size,), np.uint8)
+                return checkpoint.read_flat(name, at, end, buffer)
+
+            yield _Block(source.name, stop - row, nbytes, read)
 
 
 def _transformed_blocks(checkpoint: Checkpoint, spec: WeightSpec, k: int) -> Iterator[_Block]:
     """Blocks of rows of the whole weight, after its transform."""
     assert spec.transform is not None
     parts = [checkpoint.read(source.name) for source in spec.sources]
+    nbytes = sum(part.nbytes for part in parts)
     if len({part.dtype for part in parts}) > 1:
         parts = [part.astype(np.float32) for part in parts]
     whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
@@ -218,13 +226,15 @@ def _transformed_blocks(checkpoint: Checkpoint, spec: WeightSpec, k: int) -> Ite
     flat = whole.reshape(-1)
     step = max(1, BLOCK_BYTES // (k * whole.itemsize))
     names = ", ".join(source.name for source in spec.sources)
-    for row in range(0, flat.size // k, step):
-        stop = min(row + step, flat.size // k)
+    rows = flat.size // k
+    for row in range(0, rows, step):
+        stop = min(row + step, rows)
 
         def read(start: int = row * k, end: int = stop * k) -> Array:
             return flat[start:end]
 
-        yield _Block(names, stop - row, read)
+        share = nbytes * stop // rows - nbytes * row // rows
+        yield _Block(names, stop - row, share, read)
 
 
 def _check_finite(result: Array, flat: Array, spec: WeightSpec, source: str) -> None:
