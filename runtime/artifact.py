@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -106,14 +106,14 @@ def library_entry(folder: Path, path: Path) -> dict[str, Any]:
     return asdict(LibraryFile(file, checksum(path, "sha256"), path.stat().st_size))
 
 
-def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write qcc.json; do it last, since a folder without it does not open.
 
     Args:
         folder: of the artifact.
-        fields: those of Manifest, as JSON; format and versions are added.
+        content: the fields of Manifest, as JSON; format and versions are added.
     """
-    data = {"format": FORMAT, **running_versions(), **fields}
+    data = {"format": FORMAT, **running_versions(), **content}
     _parse_manifest(data)
     write_file(folder / QCC_JSON, json.dumps(data, indent=1) + "\n")
 
@@ -165,6 +165,11 @@ def _parse_manifest(data: Mapping[str, Any]) -> Manifest:
         ArithmeticError, AttributeError, KeyError, TypeError, ValueError: they have not.
     """
     values = {key: data[key] for key in data if key not in ("format", "qcc", "tvm")}
+    if unknown := set(values) - {item.name for item in fields(Manifest)}:
+        raise ValueError(f"unknown keys {sorted(unknown)}")
+    for item in fields(Manifest):
+        if item.name not in values and item.name != "quality":
+            raise KeyError(item.name)
     libraries = {str(k): LibraryFile(**v) for k, v in values.pop("libraries").items()}
     manifest = Manifest(libraries=libraries, **values)
     for name in ("source", "tensors", "sizes"):
@@ -374,7 +379,9 @@ def _inside(folder: Path, name: str, where: str) -> Path:
     parts = PurePosixPath(name).parts
     odd = not name.isprintable() or "\\" in name or ":" in name
     if not parts or name.startswith("/") or ".." in parts or odd:
-        raise QccError(f"{where}: {name!r} is not the name of a file within the folder")
+        raise QccError(
+            f"{where}: {name!r} is not the name of a file within the folder; {_RECOMPILE}"
+        )
     path = folder / name
     if not path.is_file():
         raise QccError(f"{path}: is missing; copy it again or {_RECOMPILE}")
