@@ -12,13 +12,11 @@ names that lead out of the folder are refused.
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,37 +27,18 @@ from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir as cache_dir
 from qcc.runtime.files import checksum, os_errors, read_json
 from qcc.runtime.files import write_file as write_file
+from qcc.runtime.manifest import MALFORMED, RECOMPILE, Manifest, parse_manifest, what
+from qcc.runtime.manifest import QCC_JSON as QCC_JSON
+from qcc.runtime.manifest import check_versions as check_versions
+from qcc.runtime.manifest import library_entry as library_entry
+from qcc.runtime.manifest import read_manifest as read_manifest
+from qcc.runtime.manifest import running_versions as running_versions
+from qcc.runtime.manifest import write_manifest as write_manifest
 from qcc.runtime.verified import VerifiedFiles
 
-FORMAT = 1
-QCC_JSON, CHAT_CONFIG, TENSOR_CACHE = "qcc.json", "mlc-chat-config.json", "tensor-cache.json"
+CHAT_CONFIG, TENSOR_CACHE = "mlc-chat-config.json", "tensor-cache.json"
 DTYPE_BYTES = {"uint32": 4, "float32": 4, "float16": 2, "bfloat16": 2}
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, name of the file
-_RECOMPILE = "compile the model again with qcc compile"
-# What wrong JSON raises while it is taken apart.
-_MALFORMED = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
-
-
-@dataclass(frozen=True)
-class LibraryFile:
-    """A compiled library: its path within the folder, sha256 in hex, size in bytes."""
-
-    file: str
-    sha256: str
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """qcc.json of an artifact that opened. `tensors` maps stored names to their formats."""
-
-    source: Mapping[str, Any]
-    scheme: str
-    method: str
-    tensors: Mapping[str, Mapping[str, Any]]
-    sizes: Mapping[str, int]
-    libraries: Mapping[str, LibraryFile]
-    quality: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,105 +66,9 @@ class Shard:
     md5: str
 
 
-def running_versions() -> dict[str, str]:
-    """The versions of qcc and of TVM in this environment."""
-    return {
-        "qcc": importlib.metadata.version("qcc"),
-        "tvm": importlib.metadata.version("apache-tvm"),
-    }
-
-
 def tensor_bytes(shape: Sequence[int], dtype: str) -> int:
     """Size in bytes of a stored tensor."""
     return math.prod(shape) * DTYPE_BYTES[dtype]
-
-
-def library_entry(folder: Path, path: Path) -> dict[str, Any]:
-    """The entry in qcc.json of a library that lies at `path` within the folder."""
-    file = path.relative_to(folder).as_posix()
-    return asdict(LibraryFile(file, checksum(path, "sha256"), path.stat().st_size))
-
-
-def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write qcc.json; do it last, since a folder without it does not open.
-
-    Args:
-        folder: of the artifact.
-        content: the fields of Manifest, as JSON; format and versions are added.
-    """
-    data = {"format": FORMAT, **running_versions(), **content}
-    _parse_manifest(data)
-    write_file(folder / QCC_JSON, json.dumps(data, indent=1) + "\n")
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The object in qcc.json, as it stands; `Artifact.open` checks it.
-
-    Raises:
-        QccError: no such folder, no such file, no JSON object.
-    """
-    path = folder / QCC_JSON
-    if not folder.is_dir():
-        raise QccError(f"{folder}: no such folder; give the folder that qcc compile wrote")
-    if not path.exists():
-        raise QccError(
-            f"{folder}: not a qcc artifact (or an interrupted compile): it has no {QCC_JSON}; "
-            f"{_RECOMPILE}"
-        )
-    return read_json(path, _RECOMPILE)
-
-
-def check_versions(
-    manifest: Mapping[str, Any], folder: Path, versions: Mapping[str, str] | None = None
-) -> None:
-    """Refuse an artifact of another format, or of other versions than those installed.
-
-    Raises:
-        QccError: names both versions.
-    """
-    path = folder / QCC_JSON
-    if manifest.get("format") != FORMAT:
-        raise QccError(
-            f"{path}: format {manifest.get('format')!r}, this qcc reads format {FORMAT}; "
-            f"{_RECOMPILE}"
-        )
-    for package, running in (versions or running_versions()).items():
-        found = manifest.get(package)
-        if found != running:
-            raise QccError(
-                f"{path}: compiled with {package} {found!r}, but {running!r} is installed; "
-                f"{_RECOMPILE}, or install {package} {found!r}"
-            )
-
-
-def _parse_manifest(data: Mapping[str, Any]) -> Manifest:
-    """A manifest whose fields have their types.
-
-    Raises:
-        ArithmeticError, AttributeError, KeyError, TypeError, ValueError: they have not.
-    """
-    values = {key: data[key] for key in data if key not in ("format", "qcc", "tvm")}
-    if unknown := set(values) - {item.name for item in fields(Manifest)}:
-        raise ValueError(f"unknown keys {sorted(unknown)}")
-    for item in fields(Manifest):
-        if item.name not in values and item.name != "quality":
-            raise KeyError(item.name)
-    libraries = {str(k): LibraryFile(**v) for k, v in values.pop("libraries").items()}
-    manifest = Manifest(libraries=libraries, **values)
-    for name in ("source", "tensors", "sizes"):
-        if not isinstance(getattr(manifest, name), dict):
-            raise ValueError(f"{name} is no object")
-    if not isinstance(manifest.scheme, str) or not isinstance(manifest.method, str):
-        raise ValueError("scheme or method is no string")
-    for name, size in manifest.sizes.items():
-        if type(size) is not int:
-            raise ValueError(f"sizes[{name}] is {size!r}, no whole number")
-    for name, library in manifest.libraries.items():
-        if not (isinstance(library.file, str) and isinstance(library.sha256, str)):
-            raise ValueError(f"libraries[{name}] has no file or no sha256")
-        if type(library.bytes) is not int:
-            raise ValueError(f"libraries[{name}] has no size")
-    return manifest
 
 
 class Artifact:
@@ -218,10 +101,10 @@ class Artifact:
         data = read_manifest(folder)
         check_versions(data, folder, versions)
         try:
-            manifest = _parse_manifest(data)
-        except _MALFORMED as err:
-            raise QccError(f"{path}: {_what(err)}; {_RECOMPILE}") from err
-        chat_config = read_json(_existing(folder / CHAT_CONFIG), _RECOMPILE)
+            manifest = parse_manifest(data)
+        except MALFORMED as err:
+            raise QccError(f"{path}: {what(err)}; {RECOMPILE}") from err
+        chat_config = read_json(_existing(folder / CHAT_CONFIG), RECOMPILE)
         shards, records = _read_tensor_cache(folder)
         for name, library in manifest.libraries.items():
             file = _inside(folder, library.file, f"{path}: libraries[{name}]")
@@ -268,7 +151,7 @@ class Artifact:
         with os_errors(path, "read"):
             flat = np.fromfile(path, dtype, math.prod(record.shape), offset=record.offset)
         if flat.nbytes != record.nbytes:
-            raise QccError(f"{path}: truncated within {name!r}; {_RECOMPILE}")
+            raise QccError(f"{path}: truncated within {name!r}; {RECOMPILE}")
         if record.encoding == "f32-to-bf16":
             flat = (flat.astype(np.uint32) << 16).view(np.float32)
         return flat.reshape(record.shape)
@@ -295,7 +178,7 @@ class Artifact:
                 if digest != wanted:
                     raise QccError(
                         f"{self.folder / file}: damaged: its {kind} is {digest}, recorded is "
-                        f"{wanted}; copy it again or {_RECOMPILE}"
+                        f"{wanted}; copy it again or {RECOMPILE}"
                     )
                 memory.add(file, wanted)
                 done += (self.folder / file).stat().st_size
@@ -310,7 +193,7 @@ def _read_tensor_cache(folder: Path) -> tuple[tuple[Shard, ...], dict[str, Tenso
     shards: list[Shard] = []
     records: dict[str, TensorRecord] = {}
     try:
-        for entry in read_json(path, _RECOMPILE)["records"]:
+        for entry in read_json(path, RECOMPILE)["records"]:
             shard = Shard(str(entry["dataPath"]), int(entry["nbytes"]), str(entry["md5sum"]))
             if entry["format"] != "raw-shard":
                 raise ValueError(f"{shard.file}: format {entry['format']!r} is not raw-shard")
@@ -321,8 +204,8 @@ def _read_tensor_cache(folder: Path) -> tuple[tuple[Shard, ...], dict[str, Tenso
                 if record.name in records:
                     raise ValueError(f"tensor {record.name!r} appears twice")
                 records[record.name] = record
-    except _MALFORMED as err:
-        raise QccError(f"{path}: {_what(err)}; {_RECOMPILE}") from err
+    except MALFORMED as err:
+        raise QccError(f"{path}: {what(err)}; {RECOMPILE}") from err
     return tuple(shards), records
 
 
@@ -364,13 +247,9 @@ def _stored_dtype(record: TensorRecord) -> np.dtype[Any]:
     return bfloat16
 
 
-def _what(err: Exception) -> str:
-    return f"key {err} is missing" if isinstance(err, KeyError) else str(err)
-
-
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise QccError(f"{path.parent}: {path.name} is missing; {_RECOMPILE}")
+        raise QccError(f"{path.parent}: {path.name} is missing; {RECOMPILE}")
     return path
 
 
@@ -380,11 +259,11 @@ def _inside(folder: Path, name: str, where: str) -> Path:
     odd = not name.isprintable() or "\\" in name or ":" in name
     if not parts or name.startswith("/") or ".." in parts or odd:
         raise QccError(
-            f"{where}: {name!r} is not the name of a file within the folder; {_RECOMPILE}"
+            f"{where}: {name!r} is not the name of a file within the folder; {RECOMPILE}"
         )
     path = folder / name
     if not path.is_file():
-        raise QccError(f"{path}: is missing; copy it again or {_RECOMPILE}")
+        raise QccError(f"{path}: is missing; copy it again or {RECOMPILE}")
     return path
 
 
@@ -392,5 +271,5 @@ def _check_size(path: Path, nbytes: int) -> None:
     size = path.stat().st_size
     if size != nbytes:
         raise QccError(
-            f"{path}: has {size} bytes, recorded are {nbytes}; copy it again or {_RECOMPILE}"
+            f"{path}: has {size} bytes, recorded are {nbytes}; copy it again or {RECOMPILE}"
         )
