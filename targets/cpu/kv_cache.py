@@ -8,8 +8,9 @@ from tvm.relax.frontend.nn.llm import kv_cache as wheel
 
 from qcc.targets.cpu.kernels import rope
 from qcc.targets.cpu.kernels.attention import PAGE, Tile
-from qcc.targets.cpu.kernels.attention_decode import decode_kernel, merge_state, transpose_append
+from qcc.targets.cpu.kernels.attention_decode import decode_kernel
 from qcc.targets.cpu.kernels.attention_prefill import prefill_kernel
+from qcc.targets.cpu.kernels.attention_state import merge_state, transpose_append
 from qcc.targets.cpu.kernels.attention_vector import Registers
 from qcc.targets.spec import KVCacheConfig, KVKernels
 
@@ -30,11 +31,12 @@ def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
         prefill_ragged=ragged,
         prefill=paged,
         decode=decode,
-        # A cache has one kind of layer: the slots of the other kind are never called.
+        # A cache has one kind of layer, and the runtime refuses trees in a sliding window: slots
+        # that are never called repeat a kernel, which costs nothing.
         prefill_sliding=paged,
         decode_sliding=decode,
-        tree_prefill_paged=prefill_kernel(config, tile, paged=True, mask="tree"),
-        tree_prefill=prefill_kernel(config, tile, paged=False, mask="tree"),
+        tree_prefill_paged=paged if sliding else prefill_kernel(config, tile, True, "tree"),
+        tree_prefill=ragged if sliding else prefill_kernel(config, tile, False, "tree"),
         merge_state=merge_state(config, tile),
         split_rotary=rope.split_rotary(config, tile.lanes, with_table=rotated),
         copy_single_page=_private(wheel._copy_single_page_cpu(shape[0], PAGE, *shape[1:])),

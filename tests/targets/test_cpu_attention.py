@@ -13,11 +13,8 @@ import numpy as np
 import pytest
 import tvm
 from tvm import relax, tirx
-from tvm.tirx.script import builder as T
 
 from qcc.compiler.passes.attach_kv_cache import AttachKVCache
-from qcc.targets.cpu.kernels import attention_vector as vx
-from qcc.targets.cpu.kernels.attention_func import kernel, tensor
 from qcc.targets.cpu.kv_cache import kv_kernels
 from qcc.targets.spec import KVCacheConfig
 
@@ -257,11 +254,19 @@ def test_many_sequences_share_a_prefix() -> None:
     session.check(**{f"s{seq}": 1 for seq in range(36)})
 
 
+def test_model_without_rope() -> None:
+    session = Session(config(dim=8, rotary=0))
+    session.add(0)
+    session.check(s0=20)
+    session.check(s0=1)
+
+
 SLIDING = [
     config(sliding_window_size=40),
     config(sliding_window_size=40, attention_sink_size=4),
     config(heads=(6, 2), dim=24, rotary=8, sliding_window_size=33, attention_sink_size=20,
            rope_attention_factor=1.25),
+    config(heads=(2, 2), dim=8, rotary=0, sliding_window_size=16, attention_sink_size=1),
 ]  # fmt: skip
 
 
@@ -291,24 +296,23 @@ def test_long_sliding_window_keeps_its_angles() -> None:
 
 def test_tree_attention() -> None:
     """A token tree after a prefix: each node sees the prefix and its own ancestors."""
-    c = SHAPES[1]
-    session = Session(c)
-    session.add(0)
-    session.check(s0=40)
-    parents = [-1, 0, 0, 1, 1, 2, 5]
-    prefix, x = session.histories[0], session.tokens(len(parents))
-    check_tree(c, prefix, x, parents, session.run([0], [x], tree=parents))
-    # The tree goes on: now the cached pages hold its first part.
-    more = session.tokens(2)
-    grown = [*parents, 3, 6]
-    got = session.run([0], [more], tree=[3, 6])
-    check_tree(c, prefix, np.concatenate([x, more], axis=1), grown, got)
-    builtin("attention_kv_cache_commit_accepted_token_tree_nodes")(
-        session.cache, shape(0), shape(6)
-    )
-    session.histories[0] = np.concatenate([prefix, x[:, [0, 2, 5, 6]]], axis=1)
-    session.check(s0=1)
-    session.check(s0=20)
+    c, parents = SHAPES[1], [-1, 0, 0, 1, 1, 2, 5]
+    grown, committed = Session(c), Session(c)
+    for session in (grown, committed):
+        session.add(0)
+        session.check(s0=40)
+        prefix, x = session.histories[0], session.tokens(len(parents))
+        check_tree(c, prefix, x, parents, session.run([0], [x], tree=parents))
+    # Two more nodes: now the cached pages hold the rest of the tree.
+    more = grown.tokens(2)
+    got = grown.run([0], [more], tree=[3, 6])
+    check_tree(c, prefix, np.concatenate([x, more], axis=1), [*parents, 3, 6], got)
+    # One path is accepted: the cache keeps its nodes only.
+    commit = builtin("attention_kv_cache_commit_accepted_token_tree_nodes")
+    commit(committed.cache, shape(0), shape(6))
+    committed.histories[0] = np.concatenate([prefix, x[:, [0, 2, 5, 6]]], axis=1)
+    committed.check(s0=1)
+    committed.check(s0=20)
 
 
 def check_tree(
@@ -347,54 +351,3 @@ def test_builds_for_aarch64(tmp_path: Any) -> None:
         str(tmp_path / "kv.tar")
     )  # object files, not linked
     assert (tmp_path / "kv.tar").stat().st_size > 10_000
-
-
-@functools.cache
-def vector_function(name: str, dtype: str, lanes: int) -> Any:
-    """out[i] = function(x[i]) over an array."""
-    emit = {
-        "exp2": vx.exp2,
-        "log2": vx.log2,
-        "cos": lambda x, n: vx.cos_sin(x, n)[0],
-        "sin": lambda x, n: vx.cos_sin(x, n)[1],
-    }[name]
-    with kernel(name) as build:
-        n = T.int64()
-        x, out = tensor("x", (n,), dtype), tensor("out", (n,), "float32")
-        with build.body():
-            with T.serial(0, n // lanes) as i:
-                value = vx.keep(vx.load(x, i * lanes, lanes), lanes, dtype)
-                vx.store(out, i * lanes, emit(value, lanes), lanes)
-    func = build.result().with_attr("global_symbol", name)
-    return tvm.tirx.build(tvm.IRModule({name: func}), target=tvm.target.Target(HOST))[name]
-
-
-def run_vector(name: str, x: np.ndarray, lanes: int) -> np.ndarray:
-    out = tvm.runtime.tensor(np.empty(x.shape, "float32"))
-    vector_function(name, str(x.dtype), lanes)(tvm.runtime.tensor(x), out)
-    return out.numpy().astype(np.float64)
-
-
-@pytest.mark.parametrize("lanes", [1, 16])
-def test_vector_exp2(lanes: int) -> None:
-    x = np.concatenate([np.linspace(-126, 0, 1 << 17), -np.logspace(-30, 0, 1 << 10)])
-    x = x.astype("float32")
-    error = run_vector("exp2", x, lanes) / np.exp2(x.astype(np.float64)) - 1
-    assert np.abs(error).max() < 2e-7
-    far = np.array([-126.01, -200, -1e30, -3e38] * 4, "float32")
-    assert not run_vector("exp2", far, lanes).any()
-
-
-def test_vector_log2() -> None:
-    rng = np.random.default_rng(0)
-    x = np.concatenate([np.exp(rng.uniform(-80, 80, 1 << 16)), np.linspace(0.5, 2, 1 << 16)])
-    x = x.astype("float32")
-    exact = np.log2(x.astype(np.float64))
-    assert (np.abs(run_vector("log2", x, 16) - exact) / np.maximum(np.abs(exact), 1)).max() < 1.5e-7
-
-
-def test_vector_cos_sin() -> None:
-    turns = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16).astype("uint32")
-    angle = turns * (2 * np.pi / 2**32)
-    assert np.abs(run_vector("cos", turns, 16) - np.cos(angle)).max() < 1.5e-7
-    assert np.abs(run_vector("sin", turns, 16) - np.sin(angle)).max() < 1.5e-7

@@ -8,6 +8,8 @@ page_values[page_indptr[b] : page_indptr[b + 1]].
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +120,35 @@ class PagedKeys:
         return page * (2 * self.v_shift) + self.head * self.row + in_page
 
 
+class RaggedKeys:
+    """k, v [n, kv_heads, d] of the chunk itself, sequence b at kv_indptr[b] : kv_indptr[b + 1]."""
+
+    v_shift = 0
+
+    def __init__(self, config: KVCacheConfig, batch: Any) -> None:
+        self.config, self.batch = config, batch
+
+    def declare(self) -> None:
+        c = self.config
+        self.total = T.int32()
+        shape = (self.total, c.num_key_value_heads, c.head_dim)
+        self.arrays = [tensor("k", shape, c.dtype), tensor("v", shape, c.dtype)]
+        self.indptr = aux_buffer("kv_indptr", (self.batch + 1,))
+
+    def enter(self) -> None:
+        size = self.total * (self.config.num_key_value_heads * self.config.head_dim)
+        self.k, self.v = (vx.flat(a, size) for a in self.arrays)
+
+    def select(self, b: Any, head: Any) -> Any:
+        self.begin, self.head = T.bind(self.indptr[b]), head
+        return T.bind(self.indptr[b + 1] - self.begin)
+
+    def offset(self, key: Any) -> Any:
+        c = self.config
+        row = vx.cast(self.begin + key, "int64", 1) * c.num_key_value_heads + self.head
+        return row * c.head_dim
+
+
 def emit_pv(
     tile: Tile, rows: Any, block: int, out: Any, scale: Any, p: Any, keys: Any, value: Any
 ) -> None:
@@ -146,3 +177,22 @@ def emit_pv(
                         sums[r, d].set(vx.fma(weights[r], v, sums[r, d].get(), lanes))
             for r, d in at:
                 vx.store(out, (row0 + r) * tile.dim + d, sums[r, d].get(), lanes)
+
+
+def emit_normalizer(top: Any, mass: Any, inverse: Any, at: Any, lanes: int) -> None:
+    """inverse = 1 / mass and top = log-sum-exp; 0 and NO_KEY where no key was seen."""
+    total = T.bind(vx.load(mass, at, lanes))
+    seen = total > vx.splat(0.0, lanes)  # not bound: TVM's simplifier trips over bound bool vectors
+    safe = vx.keep(T.Select(seen, total, vx.splat(1.0, lanes)), lanes)
+    lse = vx.load(top, at, lanes) + vx.log2(safe, lanes)
+    one, zero, none = (vx.splat(x, lanes) for x in (1.0, 0.0, NO_KEY))
+    vx.store(inverse, at, T.Select(seen, one / safe, zero), lanes)
+    vx.store(top, at, T.Select(seen, lse, none), lanes)
+
+
+@contextmanager
+def when(condition: Any) -> Iterator[None]:
+    """Emit the body under a condition."""
+    with T.If(condition):
+        with T.Then():
+            yield

@@ -8,13 +8,22 @@ Tasks run in parallel over (kv head, sequence, row tile).
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import Any, Literal
 
 from tvm.tirx.script import builder as T
 
 from qcc.targets.cpu.kernels import attention_vector as vx
-from qcc.targets.cpu.kernels.attention import MASKED, NO_KEY, PAGE, PagedKeys, Tile, emit_pv
+from qcc.targets.cpu.kernels.attention import (
+    MASKED,
+    NO_KEY,
+    PAGE,
+    PagedKeys,
+    RaggedKeys,
+    Tile,
+    emit_normalizer,
+    emit_pv,
+    when,
+)
 from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, tensor
 from qcc.targets.cpu.kernels.rope import Rotation
 from qcc.targets.spec import KVCacheConfig
@@ -25,35 +34,6 @@ Mask = Literal["plain", "sliding", "tree"]
 def prefill_kernel(config: KVCacheConfig, tile: Tile, paged: bool, mask: Mask) -> Any:
     """The PrimFunc of one slot of the cache; plain is causal when ragged, else every cached key."""
     return _Prefill(config, tile, paged, mask).build()
-
-
-class _RaggedKeys:
-    """k, v [n, kv_heads, d] of the chunk itself, sequence b at kv_indptr[b] : kv_indptr[b + 1]."""
-
-    v_shift = 0
-
-    def __init__(self, config: KVCacheConfig, batch: Any) -> None:
-        self.config, self.batch = config, batch
-
-    def declare(self) -> None:
-        c = self.config
-        self.total = T.int32()
-        shape = (self.total, c.num_key_value_heads, c.head_dim)
-        self.arrays = [tensor("k", shape, c.dtype), tensor("v", shape, c.dtype)]
-        self.indptr = aux_buffer("kv_indptr", (self.batch + 1,))
-
-    def enter(self) -> None:
-        size = self.total * (self.config.num_key_value_heads * self.config.head_dim)
-        self.k, self.v = (vx.flat(a, size) for a in self.arrays)
-
-    def select(self, b: Any, head: Any) -> Any:
-        self.begin, self.head = T.bind(self.indptr[b]), head
-        return T.bind(self.indptr[b + 1] - self.begin)
-
-    def offset(self, key: Any) -> Any:
-        c = self.config
-        row = vx.cast(self.begin + key, "int64", 1) * c.num_key_value_heads + self.head
-        return row * c.head_dim
 
 
 class _Prefill:
@@ -76,7 +56,7 @@ class _Prefill:
         total, bounds = T.int32(), T.int32()
         self.total, self.batch = total, bounds - 1
         self.keys = (PagedKeys(c, self.batch, self.sliding) if self.paged
-                     else _RaggedKeys(c, self.batch))  # fmt: skip
+                     else RaggedKeys(c, self.batch))  # fmt: skip
         rows = (total, c.num_attention_heads, c.head_dim)
         self.q = tensor("q", rows, c.dtype)
         self.q_indptr = aux_buffer("q_indptr", (bounds,))
@@ -141,8 +121,7 @@ class _Prefill:
         self.q0 = T.bind(self.q_indptr[b])
         self.tokens = T.bind(self.q_indptr[b + 1] - self.q0)
         self.row0 = T.bind(row_tile * width)
-        self.last_row = T.bind(self.tokens * group - 1)
-        self.rows = vx.keep_int(T.min(width, self.last_row + 1 - self.row0))
+        self.rows = vx.keep_int(T.min(width, self.tokens * group - self.row0))
         self.head = head
         self.kv_len = self.keys.select(b, head)
         self.k_base = T.bind(self.k_position[b]) if self.sliding else 0
@@ -197,10 +176,13 @@ class _Prefill:
                 self._key_tiles(begin, stop)
 
     def _load_queries(self, position_limit: Any) -> None:
-        """Scaled queries, transposed; rows past the last repeat it. Also each row's mask value."""
+        """Scaled queries, transposed, and each row's mask value.
+
+        Lanes of rows that do not exist keep what is in memory: no lane reads another.
+        """
         c, tile = self.config, self.tile
-        with T.serial(0, tile.rows) as r:
-            row = vx.keep_int(T.min(self.row0 + r, self.last_row))
+        with T.serial(0, self.rows) as r:
+            row = T.bind(self.row0 + r)
             token = T.bind(row // self.group)
             where = (self.q0 + token) * c.num_attention_heads + self.head * self.group
             base = T.bind((where + row % self.group) * c.head_dim)
@@ -363,21 +345,3 @@ class _Prefill:
             for d in range(0, c.head_dim, tile.dim_lanes):
                 value = vx.load(self.sums, r * c.head_dim + d, tile.dim_lanes) * inverse
                 vx.store(self.out_flat, at * c.head_dim + d, value, tile.dim_lanes)
-
-
-def emit_normalizer(top: Any, mass: Any, inverse: Any, at: Any, lanes: int) -> None:
-    """inverse = 1 / mass and top = log-sum-exp; 0 and NO_KEY where no key was seen."""
-    total = T.bind(vx.load(mass, at, lanes))
-    seen = total > vx.splat(0.0, lanes)  # not bound: TVM's simplifier trips over bound bool vectors
-    safe = vx.keep(T.Select(seen, total, vx.splat(1.0, lanes)), lanes)
-    lse = vx.load(top, at, lanes) + vx.log2(safe, lanes)
-    one, zero, none = (vx.splat(x, lanes) for x in (1.0, 0.0, NO_KEY))
-    vx.store(inverse, at, T.Select(seen, one / safe, zero), lanes)
-    vx.store(top, at, T.Select(seen, lse, none), lanes)
-
-
-@contextmanager
-def when(condition: Any) -> Any:
-    with T.If(condition):
-        with T.Then():
-            yield

@@ -18,7 +18,7 @@ from qcc.targets.cpu.kernels import attention_vector as vx
 from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, tensor
 from qcc.targets.spec import KVCacheConfig
 
-_PARALLEL_TOKENS = 8
+_PARALLEL_TOKENS = 8  # fewer are not worth waking the threads
 
 
 def rope_table(config: KVCacheConfig, max_lanes: int) -> Any:
@@ -146,6 +146,8 @@ class Rotation:
 
     def prepare(self, keys: int) -> None:
         """Once a task: cos and sin of 0 .. keys - 1 positions, so that `keys` can step."""
+        if not self.half:
+            return
         self.steps = T.alloc_buffer((keys * 2 * self.half,), "float32")
         with T.serial(0, keys) as k:
             for i in range(0, self.half, self.lanes):

@@ -1,0 +1,72 @@
+"""What goes on around attention: the merge of partial results, and new keys into pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels.attention import PAGE, Tile, when
+from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, tensor
+from qcc.targets.spec import KVCacheConfig
+
+_PARALLEL_TOKENS = 8  # fewer are not worth waking the threads
+
+
+def merge_state(config: KVCacheConfig, tile: Tile) -> Any:
+    """v, s <- the attention over both key sets, from (v, s) and (v_other, s_other); s in base 2."""
+    heads, dim, lanes = config.num_attention_heads, config.head_dim, tile.dim_lanes
+    with kernel("merge_state") as build:
+        n = T.int32()
+        v, s = tensor("v", (n, heads, dim), config.dtype), tensor("s", (n, heads), "float32")
+        v2 = tensor("v_other", (n, heads, dim), config.dtype)
+        s2 = tensor("s_other", (n, heads), "float32")
+        with build.body():
+            v, v2 = vx.flat(v, n * (heads * dim)), vx.flat(v2, n * (heads * dim))
+            s, s2 = vx.flat(s, n * heads), vx.flat(s2, n * heads)
+
+            def token(i: Any) -> None:
+                with T.serial(0, heads) as h:
+                    at = T.bind(i * heads + h)
+                    a, b = T.bind(s[at]), T.bind(s2[at])
+                    top = vx.keep(T.max(a, b), 1)
+                    pa, pb = vx.exp2(a - top, 1), vx.exp2(b - top, 1)
+                    total = T.bind(pa + pb)
+                    wa, wb = (T.bind(vx.splat(T.bind(p / total), lanes)) for p in (pa, pb))
+                    vx.store(s, at, top + vx.log2(total, 1), 1)
+                    for d in range(0, dim, lanes):
+                        x = T.bind(vx.load(v, at * dim + d, lanes))
+                        y = T.bind(vx.load(v2, at * dim + d, lanes))
+                        vx.store(v, at * dim + d, x * wa + y * wb, lanes)
+
+            vx.for_tokens(n, _PARALLEL_TOKENS, token)
+    return build.result()
+
+
+def transpose_append(config: KVCacheConfig, tile: Tile) -> Any:
+    """Write k, v [n, kv_heads, d] to their slots: page * 16 + place, -1 for a token to drop."""
+    heads, dim, lanes = config.num_key_value_heads, config.head_dim, tile.dim_lanes
+    with kernel("kv_cache_transpose_append") as build:
+        n, num_pages = T.int64(), T.int64()
+        pages = tensor("pages", (num_pages, 2, heads, PAGE, dim), config.dtype)
+        new = [tensor(name, (n, heads, dim), config.dtype) for name in ("k_data", "v_data")]
+        slots = aux_buffer("position_map", (n,))
+        with build.body():
+            pages = vx.flat(pages, num_pages * (2 * heads * PAGE * dim))
+            new = [vx.flat(x, n * (heads * dim)) for x in new]
+
+            def token(i: Any) -> None:
+                slot = T.bind(vx.cast(slots[i], "int64", 1))
+                with when(slot >= 0):
+                    page, place = T.shift_right(slot, T.int64(4)), T.bitwise_and(slot, T.int64(15))
+                    base = T.bind(page * (2 * heads * PAGE * dim) + place * dim)
+                    with T.serial(0, heads) as h:
+                        for which, source in enumerate(new):
+                            to = T.bind(base + (which * heads + h) * (PAGE * dim))
+                            for d in range(0, dim, lanes):
+                                value = source[vx.index((i * heads + h) * dim + d, lanes)]
+                                T.buffer_store(pages, value, [vx.index(to + d, lanes)])
+
+            vx.for_tokens(n, _PARALLEL_TOKENS, token)
+    return build.result()
