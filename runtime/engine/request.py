@@ -53,14 +53,15 @@ class GenerationResult:
     @property
     def prefill_tokens_per_second(self) -> float:
         """Tokens of the prompt that were computed, a second."""
-        return (self.prompt_tokens - self.cached_tokens) / max(self.times.prefill, 1e-9)
+        computed = self.prompt_tokens - self.cached_tokens
+        return computed / self.times.prefill if self.times.prefill > 0 else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
         """Tokens after the first, a second; 0 where there was one only."""
         if len(self.token_ids) < 2:
             return 0.0
-        return (len(self.token_ids) - 1) / max(self.times.decode, 1e-9)
+        return (len(self.token_ids) - 1) / self.times.decode if self.times.decode > 0 else 0.0
 
 
 @dataclass
