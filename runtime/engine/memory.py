@@ -56,7 +56,9 @@ def budget(meta: Metadata, max_batch_size: int, total_tokens: int) -> Budget:
     used = [size for name, size in meta.memory_usage.items() if name in GENERATING]
     return Budget(
         meta.weight_bytes,
-        pages * meta.page_size * meta.kv_token_bytes + meta.rope_table_bytes,
+        pages * meta.page_size * meta.kv_token_bytes
+        + meta.rope_table_bytes
+        + meta.kv_workspace_bytes,
         max(used, default=0),
     )
 

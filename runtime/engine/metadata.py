@@ -55,6 +55,7 @@ class Metadata:
     compute_dtype: str
     kv_dtype: str
     num_hidden_layers: int
+    num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     rope_table_bytes: int
@@ -96,6 +97,13 @@ class Metadata:
         return self.num_hidden_layers * per_layer
 
     @property
+    def kv_workspace_bytes(self) -> int:
+        """Bytes that the KV cache holds for one chunk: q, k, v, output, two log-sum-exps (f32)."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        per_token = heads * self.head_dim * DTYPE_BYTES[self.kv_dtype]
+        return self.prefill_chunk_size * (per_token + 2 * self.num_attention_heads * 4)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all slots."""
         return sum(slot.type.nbytes for slot in self.slots)
@@ -114,7 +122,7 @@ def _sizes(data: dict[str, Any]) -> dict[str, Any]:
 
 def _kv(data: dict[str, Any]) -> dict[str, Any]:
     kv, own = data["kv_cache"], data["qcc"]
-    names = ("num_hidden_layers", "num_key_value_heads", "head_dim")
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     for key in ("compute_dtype", "kv_dtype"):
         if own[key] not in DTYPE_BYTES:
             raise ValueError(f"{key} {own[key]!r}")

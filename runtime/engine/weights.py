@@ -38,12 +38,15 @@ def load_slots(artifact: Artifact, library: Library, progress: Progress | None =
     """
     check_stored(artifact, library)
     layout, size = cache_layout(artifact, library.metadata.slots)
-    maker = _SlotMaker(artifact, library, size, progress)
+    total = sum(library.metadata.slots[index].type.nbytes for index in layout)
+    maker = _SlotMaker(artifact, library, total, progress)
     path = cache_path(artifact, library)
     made: dict[int, Any] = {}
     if layout and not _usable(path, size):
         try:
-            _write_cache(path, layout, maker)
+            _write_cache(path, layout, size, maker)
+            # The VM keeps what it freed: the repacked tensors' memory, of no more use.
+            tvm_runtime.global_function("vm.builtin.memory_manager.clear")()
         except (QccError, OSError) as err:
             warnings.warn(
                 f"repacked weights are not cached, so every start repacks them: {err}", stacklevel=2
@@ -126,7 +129,7 @@ def _usable(path: Path, size: int) -> bool:
         return False
 
 
-def _write_cache(path: Path, layout: dict[int, int], maker: _SlotMaker) -> None:
+def _write_cache(path: Path, layout: dict[int, int], size: int, maker: _SlotMaker) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path.parent)
 
@@ -134,7 +137,7 @@ def _write_cache(path: Path, layout: dict[int, int], maker: _SlotMaker) -> None:
         for index, offset in layout.items():
             file.write(b"\0" * (offset - file.tell()))
             file.write(as_bytes(maker.tensor(maker.slots[index])).data)
-        file.write(b"\0" * (maker.size - file.tell()))
+        file.write(b"\0" * (size - file.tell()))
         file.flush()
         os.fsync(file.fileno())  # else a crash can leave a file of the right size without its bytes
 
@@ -149,9 +152,9 @@ class _SlotMaker:
     """Makes slots one by one, and tells how far it is."""
 
     def __init__(
-        self, artifact: Artifact, library: Library, size: int, progress: Progress | None
+        self, artifact: Artifact, library: Library, total: int, progress: Progress | None
     ) -> None:
-        self.artifact, self.library, self.size, self.progress = artifact, library, size, progress
+        self.artifact, self.library, self.total, self.progress = artifact, library, total, progress
         self.slots = library.metadata.slots
         self.types = {param.name: param for param in library.metadata.params}
         self.done = 0
@@ -164,7 +167,7 @@ class _SlotMaker:
             raise AssertionError(f"{slot.repack} made {got}, the library expects {slot.type}")
         self.done += slot.type.nbytes
         if self.progress:
-            self.progress(self.done, self.size)
+            self.progress(self.done, self.total)
         return made
 
     def _stored(self, slot: Slot) -> Iterator[Any]:
