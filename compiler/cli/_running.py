@@ -1,0 +1,92 @@
+"""What generate and chat share: flags, the model's folder, the sampling parameters. Not a verb."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcc.runtime.engine.llm import LLM, SamplingParams
+
+# Flag, type, metavar, help. The artifact's own values are the defaults of the sampling flags.
+SAMPLING: tuple[tuple[str, Any, str, str], ...] = (
+    ("--temperature", float, "T", "0: always the likeliest token"),
+    ("--top-k", int, "K", "only the K likeliest tokens (0: all)"),
+    ("--top-p", float, "P", "only the likeliest tokens that together reach P"),
+    ("--min-p", float, "P", "only tokens at least P times as likely as the likeliest"),
+    ("--repetition-penalty", float, "R", "above 1: tokens seen before are less likely"),
+    ("--presence-penalty", float, "R", "-2 to 2, for each token that the answer has"),
+    ("--frequency-penalty", float, "R", "-2 to 2, for each time that the answer has it"),
+)
+
+
+def add_running_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of how a model runs and how it samples."""
+    sampling = parser.add_argument_group(
+        "sampling (defaults: the model's mlc-chat-config.json and generation_config.json)"
+    )
+    for flag, kind, metavar, text in SAMPLING:
+        sampling.add_argument(flag, type=kind, default=None, metavar=metavar, help=text)
+    sampling.add_argument("--seed", type=int, default=None, metavar="N", help="same N, same text")
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="STR", help="end before STR (repeatable)"
+    )
+    running = parser.add_argument_group("running")
+    running.add_argument("--device", default="cpu", help="target, or name of one library")
+    running.add_argument(
+        "--threads", type=int, default=None, metavar="N", help="CPU threads (default: the cores)"
+    )
+    running.add_argument(
+        "--context-window",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokens of prompt and answer (default: as compiled); less takes less memory",
+    )
+
+
+def artifact_folder(model: str) -> Path:
+    """The artifact at `model`; a checkpoint is compiled into the cache first.
+
+    Raises:
+        QccError: neither is there.
+    """
+    folder = Path(model)
+    is_checkpoint = (folder / "config.json").exists() and not (folder / "qcc.json").exists()
+    if folder.is_dir() and not is_checkpoint:
+        return folder
+    from qcc.compiler.driver import compile_cached
+    from qcc.compiler.steps import Steps
+
+    return Path(compile_cached(model, Steps()))
+
+
+def load(args: argparse.Namespace) -> LLM:
+    """The model, for one answer at a time; progress on a terminal only."""
+    folder = artifact_folder(args.model)
+    from qcc.runtime.engine.llm import LLM
+
+    shown = sys.stderr.isatty()
+
+    def progress(what: str, done: int, total: int) -> None:
+        end = "\r\x1b[K" if done >= total else ""
+        sys.stderr.write(f"\r\x1b[K{what}: {done / max(total, 1):.0%}{end}")
+        sys.stderr.flush()
+
+    return LLM(
+        folder,
+        args.device,
+        args.threads,
+        args.context_window,
+        max_batch_size=1,
+        progress=progress if shown else None,
+    )
+
+
+def sampling_params(llm: LLM, args: argparse.Namespace, **changes: Any) -> SamplingParams:
+    """The artifact's defaults under the flags that were given."""
+    names = [flag[2:].replace("-", "_") for flag, *_ in SAMPLING]
+    given = {name: getattr(args, name) for name in names}
+    return llm.default_params(**given, seed=args.seed, stop=tuple(args.stop), **changes)

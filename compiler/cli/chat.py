@@ -1,0 +1,174 @@
+"""qcc chat: talk to a model; the conversation's beginning stays in the KV cache between turns."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from qcc.compiler.cli._running import add_running_arguments, load, sampling_params
+from qcc.runtime.errors import QccError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from qcc.runtime.chat import Conversation
+    from qcc.runtime.engine.llm import LLM, SamplingParams, Session
+
+HELP = "talk to a compiled model"
+EXAMPLE = 'qcc chat ./llama-q4 --system "You answer briefly."'
+COMMANDS = """\
+/reset          forget the conversation
+/system TEXT    set the system message and forget the conversation; without TEXT: none
+/help           this
+/exit           leave, as Ctrl-D does; Ctrl-C ends an answer"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the verb's arguments."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="artifact, or a checkpoint (compiled on first use)"
+    )
+    parser.add_argument("--system", metavar="TEXT", default=None, help="system message")
+    parser.add_argument(
+        "--n-predict",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="most tokens of an answer (default: 2048)",
+    )
+    add_running_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read questions from standard input until it ends."""
+    llm = load(args)
+    from qcc.runtime.chat import Conversation, load_template
+
+    template = load_template(llm.artifact.folder, llm.tokenizer.special_texts())
+    chat = Chat(
+        llm,
+        Conversation(template, args.system),
+        sampling_params(llm, args, max_tokens=args.n_predict),
+    )
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        _import_readline()
+        print("/help lists the commands", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if on_terminal else "")
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /exit leaves)", file=sys.stderr)
+            continue
+        try:
+            if not chat.handle(line.strip()):
+                return 0
+        except QccError as err:
+            print(f"qcc: {' '.join(str(err).split())}", file=sys.stderr)
+
+
+class Chat:
+    """A conversation with a loaded model on standard output."""
+
+    def __init__(self, llm: LLM, conversation: Conversation, params: SamplingParams) -> None:
+        """Begin with nothing in the cache."""
+        from qcc.runtime.engine.llm import Session
+
+        self.llm, self.conversation, self.params = llm, conversation, params
+        self.session: Session = Session()
+
+    def handle(self, line: str) -> bool:
+        """Obey a command or answer a question; False: leave.
+
+        Raises:
+            QccError: an unknown command, or a question that does not fit; the chat goes on.
+        """
+        command, _, rest = line.partition(" ")
+        if command in ("/exit", "/quit"):
+            return False
+        if command == "/help":
+            print(COMMANDS, file=sys.stderr)
+        elif command == "/reset":
+            self.conversation.reset()
+        elif command == "/system":
+            self.conversation.system = rest.strip() or None
+            self.conversation.reset()
+        elif line.startswith("/"):
+            raise QccError(f"no command {command}; /help lists them")
+        elif line:
+            self.answer(line)
+        return True
+
+    def answer(self, question: str) -> None:
+        """Stream the answer to a question and keep both.
+
+        Raises:
+            QccError: the conversation has outgrown the context; the question is taken back.
+        """
+        prompt = self.llm.tokenizer.encode_rendered(self.conversation.ask(question))
+        limit = self.llm.limits.max_length
+        if limit is not None and len(prompt) >= limit:
+            self.conversation.take_back()
+            raise QccError(
+                f"the conversation has {len(prompt)} tokens, the context window {limit}; /reset "
+                "begins a new one"
+            )
+        pieces: list[str] = []
+        stream = self.llm.stream(prompt, self.params, self.session)
+        try:
+            with _interrupts() as interrupted:
+                for piece in stream:
+                    # A sentencepiece-like tokenizer's first word brings its space.
+                    shown = piece if pieces else piece.lstrip()
+                    if shown:
+                        pieces.append(shown)
+                        sys.stdout.write(shown)
+                        sys.stdout.flush()
+                    if interrupted:
+                        break
+        except BaseException:
+            self.conversation.take_back()
+            raise
+        finally:
+            stream.close()
+            print(flush=True)
+        self.conversation.answer("".join(pieces).rstrip())
+        if stream.result.finish_reason == "length":
+            full = limit is not None and len(prompt) + stream.result.completion_tokens >= limit
+            reason = f"the context window of {limit} is full; /reset" if full else "--n-predict"
+            print(f"(cut: {reason})", file=sys.stderr)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C fills, so that it never hits a run midway; the second raises."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not in the main thread
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _import_readline() -> None:
+    """Line editing and history for input(), where Python has it."""
+    try:
+        import readline  # noqa: F401
+    except ImportError:
+        return
