@@ -42,10 +42,19 @@ class _Block:
     `nbytes` is their share of the checkpoint, for the progress.
     """
 
+    spec: WeightSpec
     source: str
     rows: int
     nbytes: int
     read: Callable[[], Array]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a block was converted to: numbers; or words and scales, both in layout NK."""
+
+    block: _Block
+    parts: tuple[Array, ...]
 
 
 def convert_weights(
@@ -87,8 +96,10 @@ def convert_weights(
 
     threads = min(os.cpu_count() or 1, MAX_THREADS)
     with ThreadPoolExecutor(threads, "qcc-convert") as pool, ShardWriter(out_dir, stored) as writer:
+        # Blocks of the next weight are under way while those of the last are written.
+        converted = _converted(pool, 2 * threads, _blocks(checkpoint, specs))
         for spec in specs:
-            _convert(checkpoint, spec, writer, _Window(pool, 2 * threads), advance)
+            _write(spec, converted, writer, advance)
         return writer.finish(sum(math.prod(spec.shape) for spec in specs))
 
 
@@ -103,104 +114,93 @@ def _check(checkpoint: Checkpoint, specs: Sequence[WeightSpec], ignored: Sequenc
         if name not in used and not any(fnmatch.fnmatchcase(name, p) for p in ignored)
     ]
     if unused:
+        names = ", ".join(map(repr, unused[:_LISTED]))
         more = f" and {len(unused) - _LISTED} more" if len(unused) > _LISTED else ""
         raise QccError(
             f"{checkpoint.folder}: tensors that this architecture does not use: "
-            f"{', '.join(unused[:_LISTED])}{more}; the model would not compute what its authors "
+            f"{names}{more}; the model would not compute what its authors "
             "meant, so it is not compiled"
         )
 
 
-class _Window:
-    """Runs tasks in a pool and yields their results in order, a bounded number ahead."""
-
-    def __init__(self, pool: ThreadPoolExecutor, ahead: int) -> None:
-        self.pool = pool
-        self.ahead = ahead
-
-    def map(self, task: Callable[[_Block], Any], blocks: Iterable[_Block]) -> Iterator[Any]:
-        waiting: deque[Future[Any]] = deque()
-        try:
-            for block in blocks:
-                waiting.append(self.pool.submit(task, block))
-                if len(waiting) >= self.ahead:
-                    yield waiting.popleft().result()
-            while waiting:
+def _converted(pool: ThreadPoolExecutor, ahead: int, blocks: Iterable[_Block]) -> Iterator[_Parts]:
+    """The parts of each block in order; up to `ahead` blocks are under way in the pool."""
+    waiting: deque[Future[_Parts]] = deque()
+    try:
+        for block in blocks:
+            waiting.append(pool.submit(_convert, block))
+            if len(waiting) >= ahead:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
-def _convert(
-    checkpoint: Checkpoint,
-    spec: WeightSpec,
-    writer: ShardWriter,
-    window: _Window,
-    advance: Callable[[int, str], None],
-) -> None:
-    """Write the stored tensors of one weight."""
-    k = 1 if len(spec.shape) < 2 else math.prod(spec.shape[1:])
-    if spec.transform is None:
-        blocks = _source_blocks(checkpoint, spec, k)
-    else:
-        blocks = _transformed_blocks(checkpoint, spec, k)
-    fmt = spec.format
-
+def _convert(block: _Block) -> _Parts:
+    """Read and compute; runs in the pool."""
+    flat, fmt = block.read(), block.spec.format
     if fmt.is_float:
+        result = kernels.cast(flat, fmt.dtype)
+        _check_finite(result, flat, block)
+        return _Parts(block, (result,))
+    words, scales = kernels.quantize(flat.reshape(block.rows, -1), fmt)
+    # A NaN or an infinity among the weights is one in the scale of its group.
+    _check_finite(scales, flat, block)
+    return _Parts(block, (words, scales))
 
-        def cast(block: _Block) -> tuple[int, Array]:
-            flat = block.read()
-            result = kernels.cast(flat, fmt.dtype)
-            _check_finite(result, flat, spec, block.source)
-            return block.nbytes, result
 
-        def chunks() -> Iterator[Array]:
-            for nbytes, result in window.map(cast, blocks):
-                yield result
-                advance(nbytes, spec.name)
+def _write(
+    spec: WeightSpec, converted: Iterator[_Parts], writer: ShardWriter, advance: Any
+) -> None:
+    """Take the blocks of one weight, the next in `converted`, and write its stored tensors."""
+    n, _ = _matrix(spec)
+    later: list[Array] = []  # the second part of each block
 
-        writer.add(spec.stored[0], chunks())
+    def first_parts() -> Iterator[tuple[int, Array]]:
+        row = 0
+        while row < n:
+            done = next(converted)
+            later.extend(done.parts[1:])
+            yield row, done.parts[0]
+            row += done.block.rows
+            advance(done.block.nbytes, spec.name)
+
+    first, *others = spec.stored
+    if spec.format.is_float or spec.format.layout == "NK":
+        writer.add(first, (part for _, part in first_parts()))
+        for stored in others:
+            writer.add(stored, later)
         return
-
-    def quantize(block: _Block) -> tuple[int, Array, Array]:
-        flat = block.read()
-        words, scales = kernels.quantize(flat.reshape(block.rows, k), fmt)
-        # A NaN or an infinity among the weights is one in the scale of its group.
-        _check_finite(scales, flat, spec, block.source)
-        return block.nbytes, words, scales
-
-    scale_rows: list[Array] = []
-
-    def word_rows() -> Iterator[Array]:
-        for nbytes, words, scales in window.map(quantize, blocks):
-            scale_rows.append(scales)
-            yield words
-            advance(nbytes, spec.name)
-
-    words_of, scales_of = spec.stored
-    if fmt.layout == "NK":
-        writer.add(words_of, word_rows())
-        writer.add(scales_of, scale_rows)
-        return
-    packed = np.empty(words_of.shape, np.uint32)  # [words, n]
-    row = 0
-    for words in word_rows():
+    packed = np.empty(first.shape, np.uint32)  # [words, n]
+    for row, words in first_parts():
         packed[:, row : row + len(words)] = words.T
-        row += len(words)
-    writer.add(words_of, [packed])
-    writer.add(scales_of, [in_layout(np.concatenate(scale_rows), fmt)])
+    writer.add(first, [packed])
+    writer.add(others[0], [in_layout(np.concatenate(later), spec.format)])
 
 
-def _source_blocks(checkpoint: Checkpoint, spec: WeightSpec, k: int) -> Iterator[_Block]:
+def _matrix(spec: WeightSpec) -> tuple[int, int]:
+    """The weight as rows and columns; a vector has rows of one number."""
+    k = math.prod(spec.shape[1:])
+    return math.prod(spec.shape) // k, k
+
+
+def _blocks(checkpoint: Checkpoint, specs: Iterable[WeightSpec]) -> Iterator[_Block]:
+    for spec in specs:
+        make = _source_blocks if spec.transform is None else _transformed_blocks
+        yield from make(checkpoint, spec)
+
+
+def _source_blocks(checkpoint: Checkpoint, spec: WeightSpec) -> Iterator[_Block]:
     """Blocks of rows, source after source."""
+    _, k = _matrix(spec)
     for source in spec.sources:
         rows = math.prod(source.shape) // k
         row_bytes = k * ITEMSIZE[checkpoint.dtype(source.name)]
         step = max(1, BLOCK_BYTES // row_bytes)
         for row in range(0, rows, step):
             stop = min(row + step, rows)
-
             nbytes = (stop - row) * row_bytes
 
             def read(
@@ -209,10 +209,10 @@ def _source_blocks(checkpoint: Checkpoint, spec: WeightSpec, k: int) -> Iterator
                 buffer = kernels.aligned_empty((size,), np.uint8)
                 return checkpoint.read_flat(name, at, end, buffer)
 
-            yield _Block(source.name, stop - row, nbytes, read)
+            yield _Block(spec, source.name, stop - row, nbytes, read)
 
 
-def _transformed_blocks(checkpoint: Checkpoint, spec: WeightSpec, k: int) -> Iterator[_Block]:
+def _transformed_blocks(checkpoint: Checkpoint, spec: WeightSpec) -> Iterator[_Block]:
     """Blocks of rows of the whole weight, after its transform."""
     assert spec.transform is not None
     parts = [checkpoint.read(source.name) for source in spec.sources]
@@ -223,10 +223,9 @@ def _transformed_blocks(checkpoint: Checkpoint, spec: WeightSpec, k: int) -> Ite
     del parts
     whole = np.ascontiguousarray(spec.transform(whole))
     assert whole.shape == spec.shape, f"{spec.name}: transform made {whole.shape} of {spec.shape}"
-    flat = whole.reshape(-1)
+    flat, (rows, k) = whole.reshape(-1), _matrix(spec)
     step = max(1, BLOCK_BYTES // (k * whole.itemsize))
     names = ", ".join(source.name for source in spec.sources)
-    rows = flat.size // k
     for row in range(0, rows, step):
         stop = min(row + step, rows)
 
@@ -234,20 +233,20 @@ def _transformed_blocks(checkpoint: Checkpoint, spec: WeightSpec, k: int) -> Ite
             return flat[start:end]
 
         share = nbytes * stop // rows - nbytes * row // rows
-        yield _Block(names, stop - row, share, read)
+        yield _Block(spec, names, stop - row, share, read)
 
 
-def _check_finite(result: Array, flat: Array, spec: WeightSpec, source: str) -> None:
+def _check_finite(result: Array, flat: Array, block: _Block) -> None:
     """Refuse a block whose result is not finite, saying why."""
     if kernels.all_finite(result):
         return
     if not kernels.all_finite(flat):
         raise QccError(
-            f"tensor {source!r} of the checkpoint holds NaN or infinite numbers; it is damaged: "
-            "download the model again"
+            f"tensor {block.source!r} of the checkpoint holds NaN or infinite numbers; it is "
+            "damaged: download the model again"
         )
     top = float(np.abs(flat.astype(np.float32)).max())
     raise QccError(
-        f"tensor {source!r}: {top:g} is beyond the range of {spec.format.dtype} "
+        f"tensor {block.source!r}: {top:g} is beyond the range of {block.spec.format.dtype} "
         f"(65504); choose a scheme whose name says bf16 or f32, as q4f32_1"
     )
