@@ -1,8 +1,8 @@
 """convert_weights: checkpoint tensors -> the stored tensors of an artifact.
 
 Each weight is read in blocks of rows, its sources one after another, quantized or cast, and
-written; several blocks are under way at once in threads. Held in memory are these blocks, plus the
-packed weight where the layout is KN, plus the whole weight where it has a transform.
+written; some blocks are under way at once, a few megabytes each. Beside these the memory holds the
+packed weight where the layout is KN, and the whole weight where it has a transform.
 """
 
 from __future__ import annotations
@@ -152,7 +152,10 @@ def _convert(block: _Block) -> _Parts:
 
 
 def _write(
-    spec: WeightSpec, converted: Iterator[_Parts], writer: ShardWriter, advance: Any
+    spec: WeightSpec,
+    converted: Iterator[_Parts],
+    writer: ShardWriter,
+    advance: Callable[[int, str], None],
 ) -> None:
     """Take the blocks of one weight, the next in `converted`, and write its stored tensors."""
     n, _ = _matrix(spec)
