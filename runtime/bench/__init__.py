@@ -1,1 +1,6 @@
-""""""
+"""qcc.runtime.bench: benchmarks, and what they measured (RESULTS.md).
+
+bandwidth.py          how fast this machine reads memory, the bound of every decode
+speed.py              load, prefill and decode of an artifact; a peer beside it in the same run
+peer_transformers.py  the same model in transformers, in bf16
+"""
