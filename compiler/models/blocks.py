@@ -6,6 +6,8 @@ knows of quantization, devices or checkpoints. Shapes: b sequences, s tokens of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import relax as rx
@@ -136,28 +138,84 @@ class GatedMLP(nn.Module):  # type: ignore[misc]
         return self.down_proj(activation(self.act, gate) * up)
 
 
-class CausalLM(nn.Module):  # type: ignore[misc]
-    """The functions that clients call, over `embedding`, `hidden` and `head` of a subclass."""
+@dataclass(frozen=True)
+class Names:
+    """What Hugging Face calls the parts of an architecture's model."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Keep the config; a subclass makes the parameters."""
-        self.config = config
+    model: str = "model"
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
+    lm_head: str = "lm_head"
 
+
+class Decoder(nn.Module):  # type: ignore[misc]
+    """Embedding, layers, last norm, under the architecture's names."""
+
+    def __init__(
+        self, embedding: Embedding, layers: list[nn.Module], norm: nn.Module, names: Names
+    ):
+        """Name the parts."""
+        self.names = names
+        setattr(self, names.embedding, embedding)
+        self.layers = nn.ModuleList(layers)
+        setattr(self, names.norm, norm)
+
+    @property
     def embedding(self) -> Embedding:
         """The embedding table."""
-        raise NotImplementedError
+        return getattr(self, self.names.embedding)
+
+    def forward(self, x: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
+        """x [b, s, h] embeddings -> [b, s, h]."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x, kv, index)
+        return getattr(self, self.names.norm)(x)
+
+
+class CausalLM(nn.Module):  # type: ignore[misc]
+    """A decoder of layers and norm of one kind, and the functions that clients call.
+
+    `layer(config)` and `norm(size, eps)` make the architecture's parts; a tied lm_head is the
+    embedding's table.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: Callable[[ModelConfig], nn.Module],
+        norm: Callable[[int, float], nn.Module],
+        names: Names,
+    ) -> None:
+        """Make the whole model."""
+        self.config, self.names = config, names
+        decoder = Decoder(
+            Embedding(config.vocab_size, config.hidden_size),
+            [layer(config) for _ in range(config.num_hidden_layers)],
+            norm(config.hidden_size, config.norm_eps),
+            names,
+        )
+        setattr(self, names.model, decoder)
+        if not config.tie_word_embeddings:
+            setattr(self, names.lm_head, Linear(config.hidden_size, config.vocab_size, bias=False))
+
+    @property
+    def decoder(self) -> Decoder:
+        """Everything but lm_head."""
+        return getattr(self, self.names.model)
 
     def hidden(self, x: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
         """x [b, s, h] embeddings -> [b, s, h] after the last norm."""
-        raise NotImplementedError
+        return self.decoder(x, kv)
 
     def head(self, x: nn.Tensor) -> nn.Tensor:
         """x [b, s, h] -> logits [b, s, vocab]."""
-        raise NotImplementedError
+        if self.config.tie_word_embeddings:
+            return self.decoder.embedding.logits(x)
+        return getattr(self, self.names.lm_head)(x)
 
     def embed(self, input_ids: nn.Tensor) -> nn.Tensor:
         """int32[n] -> [n, h]."""
-        return self.embedding()(input_ids)
+        return self.decoder.embedding(input_ids)
 
     def _logits(self, x: nn.Tensor) -> nn.Tensor:
         logits = self.head(x)

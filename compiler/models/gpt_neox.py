@@ -13,13 +13,15 @@ from qcc.compiler.models.blocks import (
     ACTIVATIONS,
     Attention,
     CausalLM,
-    Embedding,
     LayerNorm,
     Linear,
+    Names,
     activation,
 )
 from qcc.compiler.models.rope import rope_from_hf
 from qcc.compiler.weights.spec import SourceTensor
+
+NAMES = Names("gpt_neox", "embed_in", "final_layer_norm", "embed_out")
 
 
 def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
@@ -89,45 +91,9 @@ class Layer(nn.Module):  # type: ignore[misc]
         return attended + self.mlp(self.post_attention_layernorm(x if self.parallel else attended))
 
 
-class Decoder(nn.Module):  # type: ignore[misc]
-    """Embedding, layers, last norm."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        """Make the parts under Hugging Face's names."""
-        self.embed_in = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_hidden_layers)])
-        self.final_layer_norm = LayerNorm(config.hidden_size, config.norm_eps)
-
-    def forward(self, x: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
-        """x [b, s, h] embeddings -> [b, s, h]."""
-        for index, layer in enumerate(self.layers):
-            x = layer(x, kv, index)
-        return self.final_layer_norm(x)
-
-
-class GPTNeoXForCausalLM(CausalLM):
-    """The whole model."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        """Make the decoder and, where it is not tied, embed_out."""
-        super().__init__(config)
-        self.gpt_neox = Decoder(config)
-        if not config.tie_word_embeddings:
-            self.embed_out = Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def embedding(self) -> Embedding:
-        """The embedding table."""
-        return self.gpt_neox.embed_in
-
-    def hidden(self, x: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
-        """x [b, s, h] embeddings -> [b, s, h] after the last norm."""
-        return self.gpt_neox(x, kv)
-
-    def head(self, x: nn.Tensor) -> nn.Tensor:
-        """x [b, s, h] -> logits [b, s, vocab]."""
-        if self.config.tie_word_embeddings:
-            return self.gpt_neox.embed_in.logits(x)
-        return self.embed_out(x)
+def build(config: ModelConfig) -> CausalLM:
+    """The float model."""
+    return CausalLM(config, Layer, LayerNorm, NAMES)
 
 
 def source(config: ModelConfig, name: str, shape: tuple[int, ...]) -> WeightSource:
@@ -150,7 +116,7 @@ ARCHITECTURE = Architecture(
     hf_names=("GPTNeoXForCausalLM",),
     description="GPT-NeoX, Pythia",
     config=read_config,
-    module=GPTNeoXForCausalLM,
+    module=build,
     source=source,
     embedding="gpt_neox.embed_in.weight",
     lm_head="embed_out.weight",

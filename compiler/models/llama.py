@@ -13,9 +13,8 @@ from qcc.compiler.models.blocks import (
     ACTIVATIONS,
     Attention,
     CausalLM,
-    Embedding,
     GatedMLP,
-    Linear,
+    Names,
     RMSNorm,
 )
 from qcc.compiler.models.rope import rope_from_hf
@@ -70,45 +69,9 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):  # type: ignore[misc]
-    """Embedding, layers, last norm."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        """Make the parts under Hugging Face's names."""
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([DecoderLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-
-    def forward(self, x: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
-        """x [b, s, h] embeddings -> [b, s, h]."""
-        for index, layer in enumerate(self.layers):
-            x = layer(x, kv, index)
-        return self.norm(x)
-
-
-class LlamaForCausalLM(CausalLM):
-    """The whole model; a tied lm_head is the embedding's table."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        """Make the decoder and, where it is not tied, lm_head."""
-        super().__init__(config)
-        self.model = Decoder(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def embedding(self) -> Embedding:
-        """The embedding table."""
-        return self.model.embed_tokens
-
-    def hidden(self, x: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
-        """x [b, s, h] embeddings -> [b, s, h] after the last norm."""
-        return self.model(x, kv)
-
-    def head(self, x: nn.Tensor) -> nn.Tensor:
-        """x [b, s, h] -> logits [b, s, vocab]."""
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.logits(x)
-        return self.lm_head(x)
+def build(config: ModelConfig) -> CausalLM:
+    """The float model."""
+    return CausalLM(config, DecoderLayer, RMSNorm, Names())
 
 
 def source(config: ModelConfig, name: str, shape: tuple[int, ...]) -> WeightSource:
@@ -121,7 +84,7 @@ ARCHITECTURE = Architecture(
     hf_names=("LlamaForCausalLM",),
     description="Llama 2, Llama 3.x and everything saved as LlamaForCausalLM",
     config=read_config,
-    module=LlamaForCausalLM,
+    module=build,
     source=source,
     ignored=("*.rotary_emb.inv_freq",),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 from qcc.compiler.config import ConfigReader, ModelConfig
 from qcc.compiler.models.architecture import Architecture
-from qcc.compiler.models.llama import LlamaForCausalLM, read_common, source
+from qcc.compiler.models.llama import build, read_common, source
 
 
 def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
@@ -23,7 +23,7 @@ ARCHITECTURE = Architecture(
     hf_names=("MistralForCausalLM",),
     description="Mistral 7B and relatives (sliding window)",
     config=read_config,
-    module=LlamaForCausalLM,
+    module=build,
     source=source,
     ignored=("*.rotary_emb.inv_freq",),
 )

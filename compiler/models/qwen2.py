@@ -6,7 +6,7 @@ from typing import Any
 
 from qcc.compiler.config import ConfigReader, ModelConfig
 from qcc.compiler.models.architecture import Architecture
-from qcc.compiler.models.llama import LlamaForCausalLM, read_common, source
+from qcc.compiler.models.llama import build, read_common, source
 from qcc.runtime.errors import QccError
 
 
@@ -30,6 +30,6 @@ ARCHITECTURE = Architecture(
     hf_names=("Qwen2ForCausalLM",),
     description="Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen",
     config=read_config,
-    module=LlamaForCausalLM,
+    module=build,
     source=source,
 )

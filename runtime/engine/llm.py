@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,16 @@ class LLM:
         def report(what: str) -> Callable[..., None] | None:
             return None if progress is None else lambda done, total, *_: progress(what, done, total)
 
-        self.threads = tvm_runtime.set_threads(threads)
         self.artifact = Artifact.open(artifact_dir)
-        self.artifact.verify(report("check"))
-        self.tokenizer = Tokenizer(self.artifact.folder, self.artifact.chat_config)
-        self.model: Model = CompiledModel(
-            self.artifact, device, context_window, max_batch_size, report("repack weights")
-        )
+        with ThreadPoolExecutor(1) as pool:
+            # Half a second where the vocabulary is large; most of it without Python's lock.
+            tokenizer = pool.submit(Tokenizer, self.artifact.folder, self.artifact.chat_config)
+            self.threads = tvm_runtime.set_threads(threads)
+            self.artifact.verify(report("check"))
+            self.model: Model = CompiledModel(
+                self.artifact, device, context_window, max_batch_size, report("repack weights")
+            )
+            self.tokenizer = tokenizer.result()
         self.limits = self.model.limits
         self.scheduler = Scheduler(self.model)
         self.load_seconds = time.perf_counter() - begun
