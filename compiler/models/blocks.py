@@ -163,7 +163,8 @@ class Decoder(nn.Module):  # type: ignore[misc]
     @property
     def embedding(self) -> Embedding:
         """The embedding table."""
-        return getattr(self, self.names.embedding)
+        found: Embedding = getattr(self, self.names.embedding)
+        return found
 
     def forward(self, x: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
         """x [b, s, h] embeddings -> [b, s, h]."""
@@ -201,7 +202,8 @@ class CausalLM(nn.Module):  # type: ignore[misc]
     @property
     def decoder(self) -> Decoder:
         """Everything but lm_head."""
-        return getattr(self, self.names.model)
+        found: Decoder = getattr(self, self.names.model)
+        return found
 
     def hidden(self, x: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
         """x [b, s, h] embeddings -> [b, s, h] after the last norm."""

@@ -15,7 +15,7 @@ from typing import Any
 from qcc.runtime.artifact import Artifact
 from qcc.runtime.engine import tvm_runtime
 from qcc.runtime.engine.library import Floats
-from qcc.runtime.engine.model import CompiledModel, Model
+from qcc.runtime.engine.model import CompiledModel
 from qcc.runtime.engine.request import GenerationResult, Request, Session
 from qcc.runtime.engine.sampling import SamplingParams
 from qcc.runtime.engine.scheduler import Scheduler
@@ -68,7 +68,7 @@ class LLM:
             tokenizer = pool.submit(Tokenizer, self.artifact.folder, self.artifact.chat_config)
             self.threads = tvm_runtime.set_threads(threads)
             self.artifact.verify(report("check"))
-            self.model: Model = CompiledModel(
+            self.model = CompiledModel(
                 self.artifact, device, context_window, max_batch_size, report("repack weights")
             )
             self.tokenizer = tokenizer.result()
