@@ -9,7 +9,7 @@ from tvm.relax.frontend.nn.llm import kv_cache as wheel
 from qcc.targets.cpu.kernels import rope
 from qcc.targets.cpu.kernels.attention import PAGE, Tile
 from qcc.targets.cpu.kernels.attention_decode import decode_kernel
-from qcc.targets.cpu.kernels.attention_prefill import prefill_kernel
+from qcc.targets.cpu.kernels.attention_prefill import Mask, prefill_kernel
 from qcc.targets.cpu.kernels.attention_state import merge_state, transpose_append
 from qcc.targets.cpu.kernels.attention_vector import Registers
 from qcc.targets.spec import KVCacheConfig, KVKernels
@@ -21,7 +21,7 @@ def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
     tile = Tile(Registers.of(target), config.head_dim)
     sliding = config.sliding_window_size > 0
     rotated = config.rotary_dim > 0 and not sliding
-    mask = "sliding" if sliding else "plain"
+    mask: Mask = "sliding" if sliding else "plain"
     ragged = prefill_kernel(config, tile, paged=False, mask=mask)
     paged = prefill_kernel(config, tile, paged=True, mask=mask)
     decode = decode_kernel(config, tile, sliding)

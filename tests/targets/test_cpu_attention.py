@@ -294,6 +294,17 @@ def test_long_sliding_window_keeps_its_angles() -> None:
     session.check(s0=1)
 
 
+def test_the_window_is_the_librarys_choice() -> None:
+    """A sliding window is there whatever the caller says; without one, asking is an error."""
+    sizes = [shape(s) for s in (1, 64, 64, 16)]
+    session = Session(SLIDING[0])
+    session.cache = session.vm["create_tir_paged_kv_cache"](*sizes, shape(0))
+    session.add(0)
+    session.check(s0=50)
+    with pytest.raises(tvm.error.InternalError, match="RoPE mode must be normal"):
+        Session(SHAPES[0]).vm["create_tir_paged_kv_cache"](*sizes, shape(1))
+
+
 def test_tree_attention() -> None:
     """A token tree after a prefix: each node sees the prefix and its own ancestors."""
     c, parents = SHAPES[1], [-1, 0, 0, 1, 1, 2, 5]

@@ -1,4 +1,4 @@
-"""Vector exp2, log2, cos and sin of the CPU's kernels, and the rope table, against numpy float64."""
+"""exp2, log2, cos and sin of the CPU's kernels, and the rope table, against numpy float64."""
 
 from __future__ import annotations
 

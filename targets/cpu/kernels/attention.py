@@ -124,6 +124,7 @@ class RaggedKeys:
     """k, v [n, kv_heads, d] of the chunk itself, sequence b at kv_indptr[b] : kv_indptr[b + 1]."""
 
     v_shift = 0
+    k_position: Any = None  # another argument of the kernel, not next to the others
 
     def __init__(self, config: KVCacheConfig, batch: Any) -> None:
         self.config, self.batch = config, batch

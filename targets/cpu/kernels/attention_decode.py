@@ -35,7 +35,7 @@ class _Decode:
     def __init__(self, config: KVCacheConfig, tile: Tile, sliding: bool) -> None:
         self.config, self.tile, self.sliding = config, tile, sliding
         self.group = config.num_attention_heads // config.num_key_value_heads
-        self.rotation = Rotation(config, tile.lanes) if sliding else None
+        self.rotation: Any = Rotation(config, tile.lanes) if sliding else None
 
     def build(self) -> Any:
         c = self.config

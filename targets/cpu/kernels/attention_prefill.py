@@ -41,7 +41,7 @@ class _Prefill:
         self.config, self.tile, self.paged, self.mask = config, tile, paged, mask
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.sliding = mask == "sliding"
-        self.rotation = Rotation(config, tile.lanes) if self.sliding else None
+        self.rotation: Any = Rotation(config, tile.lanes) if self.sliding else None
 
     def build(self) -> Any:
         with kernel(f"{'paged' if self.paged else 'ragged'}_prefill_{self.mask}") as build:
@@ -55,13 +55,13 @@ class _Prefill:
         # The batch's size comes from an index array: a tree kernel gets no array of length batch.
         total, bounds = T.int32(), T.int32()
         self.total, self.batch = total, bounds - 1
-        self.keys = (PagedKeys(c, self.batch, self.sliding) if self.paged
-                     else RaggedKeys(c, self.batch))  # fmt: skip
+        self.keys: Any = (PagedKeys(c, self.batch, self.sliding) if self.paged
+                          else RaggedKeys(c, self.batch))  # fmt: skip
         rows = (total, c.num_attention_heads, c.head_dim)
         self.q = tensor("q", rows, c.dtype)
         self.q_indptr = aux_buffer("q_indptr", (bounds,))
         self.keys.declare()
-        self.k_position = self.keys.k_position if self.paged else None
+        self.k_position: Any = self.keys.k_position if self.paged else None
         self.q_position = aux_buffer("q_rope_position", (total,))
         if not self.paged and self.mask != "tree":
             self.k_position = aux_buffer("k_rope_pos_offset", (self.batch,))

@@ -118,7 +118,7 @@ class Rotation:
         self.lanes = vx.lanes_dividing(self.half, max_lanes)
         self.pass_lanes = vx.lanes_dividing(config.head_dim - 2 * self.half, max_lanes)
         self.scale = float(config.rope_attention_factor) ** 2  # of q and k, both applied to q
-        inv_freq = np.float32(config.inv_freq).astype(np.float64).tolist()
+        inv_freq = np.array(config.inv_freq, np.float32).astype(np.float64).tolist()
         scaled = [round(math.modf(f / (2 * math.pi))[0] * 2**48) for f in inv_freq]
         self.high = [(f >> 16) & 0xFFFFFFFF for f in scaled]
         self.low = [f & 0xFFFF for f in scaled]
