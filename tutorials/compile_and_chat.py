@@ -65,8 +65,8 @@ def tutorial(checkpoint: str, artifact: Path) -> list[str]:
     conversation = Conversation(load_template(artifact, llm.tokenizer.special_texts()))
     session, answers = Session(), []
     for question in ("Tell me a story about a fox named Mia.", "What is two plus three?"):
-        prompt = llm.tokenizer.encode_rendered(conversation.ask(question))
-        stream = llm.stream(prompt, SamplingParams(temperature=0, max_tokens=200), session)
+        tokens = llm.tokenizer.encode_rendered(conversation.ask(question))
+        stream = llm.stream(tokens, SamplingParams(temperature=0, max_tokens=200), session)
         print(f"   > {question}\n   {''.join(stream).strip()}")
         answers.append(stream.result.text.strip())
         conversation.answer(answers[-1])
