@@ -141,8 +141,9 @@ class Chat:
         self.conversation.answer("".join(pieces).rstrip())
         if stream.result.finish_reason == "length":
             full = limit is not None and len(prompt) + stream.result.completion_tokens >= limit
-            reason = f"the context window of {limit} is full; /reset" if full else "--n-predict"
-            print(f"(cut: {reason})", file=sys.stderr)
+            bound = f"the context window of {limit} is full: /reset begins a new conversation"
+            cut = f"cut after {stream.result.completion_tokens} tokens; --n-predict sets the bound"
+            print(f"({bound if full else cut})", file=sys.stderr)
 
 
 @contextmanager

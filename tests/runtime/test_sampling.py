@@ -60,6 +60,12 @@ def test_the_distribution_is_that_of_hugging_face(changes: dict, size: int) -> N
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+def test_top_p_that_is_reached_exactly_takes_no_more() -> None:
+    halves = np.log(np.array([0.25, 0.5, 0.25], np.float64)).astype(np.float32)
+    ids, _ = candidates(halves - halves.max(), 1.0, 0, 0.5, 0)
+    assert ids.tolist() == [1]
+
+
 def test_repetition_penalty_is_hugging_faces() -> None:
     torch = pytest.importorskip("torch")
     warpers = pytest.importorskip("transformers.generation.logits_process")
