@@ -1,0 +1,248 @@
+"""Fixtures for all tests: tiny random checkpoints, libraries compiled once, transformers' logits.
+
+Everything is made once a session and in temporary folders; the cache folder is one of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+# |logits - those of transformers in f32|, at every position, by what the library computes in.
+# Both sides sum in f32, in another order: on these models that makes 1e-6 to 5e-5. A mistake in a
+# rotation, a mask, a scale or a bias makes 1e-2 or more.
+TOLERANCE = {"float32": 2e-4}
+# The same library, the same tokens cut another way: only the order of summation differs.
+SAME_LIBRARY = 1e-4
+
+LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 361,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "mistral": {**LLAMA, "sliding_window": 24},
+    "qwen2": {**LLAMA, "max_window_layers": 2},
+    "gpt_neox": {
+        "hidden_size": 96,
+        "intermediate_size": 172,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "vocab_size": 361,
+        "max_position_embeddings": 256,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """$QCC_CACHE in a temporary folder: no test sees what another run left."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QCC_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tolerance() -> float:
+    """The largest difference of logits from transformers' that rounding explains."""
+    return TOLERANCE["float32"]
+
+
+@pytest.fixture(scope="session")
+def same_library() -> float:
+    """The largest difference of logits between two ways through one library."""
+    return SAME_LIBRARY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of models and texts beside the repository."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip(f"{folder}/models is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Path:
+    """The bundled model."""
+    from qcc.tutorials.tiny import MODEL_DIR
+
+    if not (MODEL_DIR / "model.safetensors").is_file():
+        pytest.skip(f"{MODEL_DIR} holds no model yet")
+    return MODEL_DIR
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One token a byte, and <s>, </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {text: i for i, text in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    fields = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
+
+
+def _randomize(model: Any, seed: int) -> None:
+    """Weights for which a mistake shows: logits of order 5, scores of order 2, no norm of ones."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            normal = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 2:
+                gain = 3.0 if any(part in name for part in ("embed", "lm_head")) else 1.5
+                parameter.copy_(normal * gain / parameter.shape[1] ** 0.5)
+            elif name.endswith("bias"):
+                parameter.copy_(0.3 * normal)
+            else:
+                parameter.copy_(1 + 0.2 * normal)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """checkpoint(arch, **fields of config.json): a tiny random f32 one, made by transformers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made: dict[str, Path] = {}
+
+    def make(arch: str, **overrides: Any) -> Path:
+        key = json.dumps([arch, overrides], sort_keys=True)
+        if key not in made:
+            fields = {"bos_token_id": 1, "eos_token_id": 2, **SHAPES[arch], **overrides}
+            config = AutoConfig.for_model(arch, **fields)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            _randomize(model, seed=0)
+            folder = tmp_path_factory.mktemp(arch)
+            model.save_pretrained(folder)
+            _write_tokenizer(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """compiled(checkpoint folder, scheme, opt=2, **SizeFlags): its LLM; one compile for each."""
+    from qcc.compiler.driver import CompileOptions, compile_model
+    from qcc.compiler.sizes import SizeFlags
+    from qcc.runtime import LLM
+    from qcc.targets.spec import BuildOptions
+
+    made: dict[tuple[Any, ...], Any] = {}
+
+    def compile_once(model: Path, quant: str = "q0f32", opt: int = 2, **sizes: int) -> Any:
+        key = (model, quant, opt, *sorted(sizes.items()))
+        if key not in made:
+            out = tmp_path_factory.mktemp("artifact") / f"{model.name}-{Path(quant).stem}"
+            options = CompileOptions(
+                quant=quant, sizes=SizeFlags(**sizes), build=BuildOptions(opt=opt)
+            )
+            made[key] = LLM(compile_model(str(model), out, options))
+        return made[key]
+
+    return compile_once
+
+
+@pytest.fixture(scope="session")
+def hugging_face() -> Callable[[Path], Any]:
+    """hugging_face(folder): transformers' model in f32 with eager attention; do not change it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    made: dict[Path, Any] = {}
+
+    def load(folder: Path) -> Any:
+        if folder not in made:
+            made[folder] = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager"
+            ).eval()
+        return made[folder]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def logits_of() -> Callable[[Any, list[int]], Any]:
+    """logits_of(transformers' model, ids): f32[n, V], every position."""
+    import torch
+
+    def run(model: Any, ids: list[int]) -> Any:
+        with torch.no_grad():
+            return model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def some_ids() -> Callable[..., list[int]]:
+    """some_ids(count, vocabulary): BOS and random tokens, always the same."""
+
+    def ids(count: int, vocabulary: int = 361, seed: int = 0) -> list[int]:
+        drawn = np.random.default_rng(seed).integers(3, vocabulary, count - 1)
+        return [1, *map(int, drawn)]
+
+    return ids
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command line did."""
+
+    status: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """The one line of a user's mistake: exit status 2, no traceback."""
+        assert self.status == 2, f"exit status {self.status}\n{self.out}\n{self.err}"
+        lines = [line for line in self.err.splitlines() if line.startswith("qcc")]
+        assert len(lines) == 1, self.err
+        assert self.err.rstrip().splitlines()[-1] == lines[0], self.err
+        assert "Traceback" not in self.err
+        return lines[0]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """cli(*words): `qcc WORDS` in this process."""
+    from qcc.compiler.cli import main
+
+    def run(*words: object) -> Ran:
+        capfd.readouterr()
+        status = main([str(word) for word in words])
+        return Ran(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def environment(cache: Path) -> SimpleNamespace:
+    """For subprocesses: the tests' cache, and a folder outside the checkout."""
+    return SimpleNamespace(env={**os.environ, "QCC_CACHE": str(cache)}, cwd=cache)

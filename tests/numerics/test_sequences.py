@@ -1,0 +1,188 @@
+"""However tokens reach the model, the logits are the same: chunks, decode steps, batches, forks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+CASES = {
+    "llama": ("llama", {}, "q0f32", {}),
+    "4 bits": ("gpt_neox", {"use_parallel_residual": True, "rotary_pct": 0.25}, "q4f16_1", {}),
+    # Windows of 24 tokens on pages of 16, in chunks of up to five windows.
+    "sliding window": ("mistral", {}, "q0f32", {"prefill_chunk": 128}),
+}
+
+
+class Runs:
+    """A model whose sequences are 0, 1, 2, ...; all logits as f32[n, V]."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm, self.model, self.count = llm, llm.model, 0
+
+    def new(self) -> int:
+        self.model.add_sequence(self.count)
+        self.count += 1
+        return self.count - 1
+
+    def fork(self, parent: int, position: int = -1) -> int:
+        self.model.cache.fork(parent, self.count, position)
+        self.count += 1
+        return self.count - 1
+
+    def verify(self, seq: int, ids: list[int]) -> Any:
+        return np.array(self.model.verify(seq, np.array(ids, np.int32)))
+
+    def prefill(self, seqs: list[int], parts: list[list[int]]) -> Any:
+        return np.array(self.model.prefill(seqs, [np.array(ids, np.int32) for ids in parts]))
+
+    def decode(self, seqs: list[int], ids: list[int]) -> Any:
+        return np.array(self.model.decode(seqs, np.array(ids, np.int32)))
+
+
+@pytest.fixture(params=CASES)
+def runs(request: Any, compiled: Any, checkpoint: Any) -> Iterator[Runs]:
+    """The cases' libraries, with an empty KV cache."""
+    arch, overrides, quant, sizes = CASES[request.param]
+    llm = compiled(checkpoint(arch, **overrides), quant, **sizes)
+    llm.model.cache.clear()
+    yield Runs(llm)
+    llm.model.cache.clear()
+
+
+@pytest.fixture
+def forking(runs: Runs) -> Runs:
+    """TVM forks a sequence with a sliding window only within its attention sink."""
+    if runs.llm.limits.window is not None:
+        pytest.skip("TVM's KV cache does not fork sequences with a sliding window")
+    return runs
+
+
+@pytest.fixture
+def ids(some_ids: Any) -> list[int]:
+    return some_ids(100)
+
+
+@pytest.fixture
+def whole(runs: Runs, ids: list[int]) -> Any:
+    """f32[100, V]: all positions in one go."""
+    seq = runs.new()
+    logits = runs.verify(seq, ids)
+    runs.model.remove_sequence(seq)
+    return logits
+
+
+@pytest.fixture
+def same(same_library: float) -> Any:
+    def compare(found: Any, expected: Any) -> None:
+        np.testing.assert_allclose(found, expected, rtol=0, atol=same_library)
+
+    return compare
+
+
+def test_prefill_gives_the_last_position(runs: Runs, ids: list[int], whole: Any, same: Any) -> None:
+    same(runs.prefill([runs.new()], [ids]), whole[-1:])
+
+
+def test_prefill_then_decode(runs: Runs, ids: list[int], whole: Any, same: Any) -> None:
+    seq = runs.new()
+    same(runs.prefill([seq], [ids[:30]]), whole[29:30])
+    for i in range(30, 100):
+        same(runs.decode([seq], ids[i : i + 1]), whole[i : i + 1])
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 33])
+def test_chunks(runs: Runs, ids: list[int], whole: Any, same: Any, size: int) -> None:
+    """Chunks that end within pages and windows, and at their ends."""
+    seq = runs.new()
+    parts = [runs.verify(seq, ids[i : i + size]) for i in range(0, 100, size)]
+    same(np.concatenate(parts), whole)
+
+
+def test_a_batch_is_each_alone(runs: Runs, ids: list[int], some_ids: Any, same: Any) -> None:
+    """Three sequences of different lengths: prefilled together, then decoded together."""
+    prompts = [ids[:50], some_ids(9, seed=1), some_ids(17, seed=2)]
+    more = some_ids(40, seed=3)[1:]
+    alone = []
+    for prompt in prompts:
+        seq = runs.new()
+        alone.append(runs.verify(seq, prompt + more)[len(prompt) - 1 :])
+        runs.model.remove_sequence(seq)
+    seqs = [runs.new() for _ in prompts]
+    same(runs.prefill(seqs, prompts), np.stack([logits[0] for logits in alone]))
+    for step, token in enumerate(more):
+        found = runs.decode(seqs, [token] * len(seqs))
+        same(found, np.stack([logits[step + 1] for logits in alone]))
+
+
+def test_prefill_of_some_while_others_are_longer(
+    runs: Runs, ids: list[int], whole: Any, some_ids: Any, same: Any
+) -> None:
+    """Later chunks of one sequence beside the first of another."""
+    other_ids = some_ids(20, seed=4)
+    alone = runs.new()
+    expected = runs.verify(alone, other_ids)[-1]
+    runs.model.remove_sequence(alone)
+    seq, other = runs.new(), runs.new()
+    runs.prefill([seq], [ids[:45]])
+    same(runs.prefill([seq, other], [ids[45:60], other_ids]), np.stack([whole[59], expected]))
+
+
+def test_removal_leaves_the_others(
+    runs: Runs, ids: list[int], whole: Any, some_ids: Any, same: Any
+) -> None:
+    """Freed pages are used by new sequences; those that stay keep theirs."""
+    first, kept, last = runs.new(), runs.new(), runs.new()
+    for seq, seed in ((first, 5), (last, 6)):
+        runs.prefill([seq], [some_ids(40, seed=seed)])
+    runs.prefill([kept], [ids[:40]])
+    runs.model.remove_sequence(first)
+    new = runs.new()
+    runs.prefill([new], [some_ids(60, seed=7)])
+    runs.model.remove_sequence(last)
+    same(runs.verify(kept, ids[40:70]), whole[40:70])
+    runs.model.remove_sequence(new)
+    same(runs.verify(kept, ids[70:]), whole[70:])
+
+
+def test_forks_leave_the_others(forking: Runs, ids: list[int], some_ids: Any, same: Any) -> None:
+    """Parent and child share a prefix, go apart, and the parent may go."""
+    prefix, left, right = ids[:21], some_ids(20, seed=8)[1:], some_ids(20, seed=9)[1:]
+    expected = []
+    for tail in (left, right):
+        seq = forking.new()
+        expected.append(forking.verify(seq, prefix + tail)[len(prefix) :])
+        forking.model.remove_sequence(seq)
+    parent = forking.new()
+    forking.prefill([parent], [prefix])
+    child = forking.fork(parent)
+    same(forking.verify(parent, left[:10]), expected[0][:10])
+    same(forking.verify(child, right[:10]), expected[1][:10])
+    same(forking.verify(parent, left[10:]), expected[0][10:])
+    forking.model.remove_sequence(parent)
+    same(forking.verify(child, right[10:]), expected[1][10:])
+
+
+def test_fork_of_a_part(forking: Runs, ids: list[int], some_ids: Any, same: Any) -> None:
+    """A child of the first 11 tokens, in the midst of a page."""
+    tail = some_ids(13, seed=10)[1:]
+    alone = forking.new()
+    expected = forking.verify(alone, ids[:11] + tail)[11:]
+    forking.model.remove_sequence(alone)
+    parent = forking.new()
+    before = forking.verify(parent, ids[:20])
+    child = forking.fork(parent, 11)
+    same(forking.verify(child, tail), expected)
+    again = forking.new()
+    same(forking.verify(again, ids[:20]), before)
+
+
+def test_popped_tokens_are_forgotten(
+    runs: Runs, ids: list[int], whole: Any, some_ids: Any, same: Any
+) -> None:
+    seq = runs.new()
+    runs.verify(seq, ids[:10] + some_ids(8, seed=11))
+    runs.model.pop(seq, 8)
+    same(runs.verify(seq, ids[10:20]), whole[10:20])
