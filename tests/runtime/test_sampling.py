@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from qcc.runtime.engine.sampling import TOP, Sampler, SamplingParams, candidates
+from qcc.runtime.engine.sampling import Sampler, SamplingParams, candidates, pick
 from qcc.runtime.errors import QccError
 
 V = 50
@@ -25,7 +25,7 @@ def probabilities(logits: np.ndarray, params: SamplingParams) -> np.ndarray:
     return full / full.sum()
 
 
-@pytest.mark.parametrize("size", [V, 4 * TOP])
+@pytest.mark.parametrize("size", [V, 5000])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -127,6 +127,19 @@ def test_draws_follow_the_distribution() -> None:
     expected = probabilities(logits, params)
     assert np.abs(counts - expected).max() < 4 * np.sqrt(0.25 / 20_000)
     assert not counts[expected == 0].any()
+
+
+@pytest.mark.parametrize("size", [1, 7, 1024, 1025, 5000])
+def test_a_pick_is_where_the_running_sum_passes(size: int) -> None:
+    rng = np.random.default_rng(size)
+    probs = rng.random(size).astype(np.float32) * (rng.random(size) < 0.5)
+    probs[-1] = 0 if size > 1 else 1
+    sums = probs.cumsum(dtype=np.float64)
+    for uniform in [0.0, 1 - 2**-53, 1.0, *rng.random(200)]:
+        index = pick(probs, uniform)
+        assert probs[index] > 0
+        before = sums[index - 1] if index else 0.0
+        assert before - 1e-9 <= uniform * sums[-1] <= sums[index] + 1e-9
 
 
 def test_a_seed_repeats_and_another_differs() -> None:
