@@ -92,7 +92,7 @@ def zeros(lanes: int) -> Any:
 def registers(count: int, lanes: int) -> list[Any]:
     """`count` local f32 vectors, each its own buffer so that LLVM keeps it in a register."""
     return [
-        T.alloc_buffer((1,), f"float32x{lanes}", scope="local", layout=None) for _ in range(count)
+        T.alloc_buffer((1,), f"float32x{lanes}", layout=None) for _ in range(count)
     ]
 
 
