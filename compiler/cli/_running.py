@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,14 +76,19 @@ def load(args: argparse.Namespace) -> LLM:
         sys.stderr.write(f"\r\x1b[K{what}: {done / max(total, 1):.0%}{end}")
         sys.stderr.flush()
 
-    return LLM(
-        folder,
-        args.device,
-        args.threads,
-        args.context_window,
-        max_batch_size=1,
-        progress=progress if shown else None,
-    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        llm = LLM(
+            folder,
+            args.device,
+            args.threads,
+            args.context_window,
+            max_batch_size=1,
+            progress=progress if shown else None,
+        )
+    for warning in caught:
+        print(f"qcc: warning: {warning.message}", file=sys.stderr)
+    return llm
 
 
 def sampling_params(llm: LLM, args: argparse.Namespace, **changes: Any) -> SamplingParams:
