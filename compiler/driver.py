@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -69,7 +70,7 @@ def compile_model(
         step.note = f"{plan.config.model_type}, {_parameters(specs):,} parameters"
     with checkpoint, ThreadPoolExecutor(1) as pool, _staging(out) as staging:
         source_sum = pool.submit(checksum, source)
-        before = _check_folder(out, plan, source_sum.result, options.force)
+        before = _check_folder(out, plan, specs, source_sum.result, options.force)
         built = {}
         for spec, suffix in zip(specs_of_targets, suffixes, strict=True):
             with steps.step(f"Build the {spec.name} library") as step:
@@ -141,8 +142,22 @@ def _weights_note(specs: Sequence[WeightSpec]) -> str:
     return f"{size / 1e6:.1f} MB, {8 * size / _parameters(specs):.2f} bits a weight"
 
 
+def _formats(specs: Sequence[WeightSpec]) -> dict[str, Any]:
+    """Stored tensor -> its format, as qcc.json has it."""
+    return {part.name: spec.format.as_dict() for spec in specs for part in spec.stored}
+
+
+def _digest(formats: Any) -> str:
+    """A short name for formats, to tell two schemes of one name apart."""
+    return hashlib.sha256(json.dumps(formats, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def _check_folder(
-    out: Path, plan: Plan, source_sum: Callable[[], str], force: bool
+    out: Path,
+    plan: Plan,
+    specs: Sequence[WeightSpec],
+    source_sum: Callable[[], str],
+    force: bool,
 ) -> dict[str, Any] | None:
     """The manifest of `out` if it holds these very weights, None if it holds no artifact.
 
@@ -158,6 +173,7 @@ def _check_folder(
     artifact.check_versions(found, out)
     for key, old, new in (
         ("scheme", found.get("scheme"), plan.scheme.name),
+        ("scheme of that name", _digest(found.get("tensors")), _digest(_formats(specs))),
         ("method", found.get("method"), METHOD),
         ("sizes", found.get("sizes"), plan.sizes.as_dict()),
         ("checkpoint", found.get("source", {}).get("sha256"), source_sum()),
@@ -205,7 +221,7 @@ def _publish(
         "source": source,
         "scheme": plan.scheme.name,
         "method": METHOD,
-        "tensors": {part.name: spec.format.as_dict() for spec in specs for part in spec.stored},
+        "tensors": _formats(specs),
         "sizes": plan.sizes.as_dict(),
         "libraries": libraries,
     }
