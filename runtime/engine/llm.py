@@ -7,7 +7,7 @@ print(llm.generate("Once upon a time", SamplingParams(max_tokens=64))[0].text)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -77,17 +77,10 @@ class LLM:
         self.load_seconds = time.perf_counter() - begun
 
     def default_params(self, **changes: Any) -> SamplingParams:
-        """Sampling as the artifact's configurations say, with `changes` that are not None.
-
-        mlc-chat-config.json comes first, generation_config.json gives what that lacks; there,
-        `do_sample: false` means greedy.
-        """
-        chat, generation = self.artifact.chat_config, self.tokenizer.generation_config
-        found = {name: chat.get(name, generation.get(name)) for name in DEFAULTED}
-        if generation.get("do_sample") is False and "temperature" not in chat:
-            found["temperature"] = 0.0
-        found |= changes
-        return SamplingParams(**{name: v for name, v in found.items() if v is not None})
+        """Sampling as the artifact's configurations say, with `changes` that are not None."""
+        found = sampling_defaults(self.artifact.chat_config, self.tokenizer.generation_config)
+        found |= {name: value for name, value in changes.items() if value is not None}
+        return SamplingParams(**found)
 
     def generate(
         self,
@@ -164,6 +157,18 @@ class LLM:
             self.limits.vocab_size,
             session,
         )
+
+
+def sampling_defaults(chat: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of SamplingParams that the configurations set.
+
+    mlc-chat-config.json comes first, generation_config.json gives what that lacks; there,
+    `do_sample: false` means greedy.
+    """
+    found = {name: chat.get(name, generation.get(name)) for name in DEFAULTED}
+    if generation.get("do_sample") is False and "temperature" not in chat:
+        found["temperature"] = 0.0
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class TextStream:

@@ -172,6 +172,6 @@ def _length(max_length: int | None, wanted: int | None, window: int) -> int:
     if wanted is not None and not 1 <= wanted <= max_length:
         raise QccError(
             f"--context-window {wanted}: the library was compiled for 1 to {max_length} tokens; "
-            "compile it again with a larger --context-window"
+            "qcc compile --context-window makes one for more"
         )
     return wanted or max_length

@@ -45,7 +45,7 @@ class Scheduler:
         if limits.max_length is not None and len(prompt) > limits.max_length:
             raise QccError(
                 f"the prompt has {len(prompt)} tokens, the context window {limits.max_length}; "
-                "shorten it, or compile with a larger --context-window"
+                "shorten it, or use a larger --context-window (here, and of qcc compile)"
             )
         low, high = min(prompt), max(prompt)
         if low < 0 or high >= limits.vocab_size:
