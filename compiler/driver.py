@@ -23,7 +23,7 @@ from qcc.compiler.sizes import SizeFlags, choose_sizes
 from qcc.compiler.source import checksum, locate
 from qcc.compiler.steps import Steps
 from qcc.compiler.weights.checkpoint import Checkpoint
-from qcc.compiler.weights.convert import convert_weights
+from qcc.compiler.weights.convert import check_weights, convert_weights
 from qcc.compiler.weights.spec import WeightSpec
 from qcc.quant_schemes.scheme import load_scheme
 from qcc.runtime import artifact
@@ -58,7 +58,7 @@ def compile_model(
         QccError, SchemeError: bad input, one line; the folder then holds nothing that loads, or
             what it held before.
     """
-    options, steps = options or CompileOptions(), steps or Steps(None)
+    options, steps = options or CompileOptions(), steps or Steps(quiet=True)
     specs_of_targets = [find_target(name) for name in options.targets]
     suffixes = [spec.resolve(options.build)[1] for spec in specs_of_targets]
     with steps.step("Read the checkpoint") as step:
@@ -67,6 +67,7 @@ def compile_model(
         plan = make_plan(source, options, min(chunks, default=DEFAULT_CHUNK))
         checkpoint = Checkpoint.open(source, allow_pickle=options.allow_pickle)
         specs = weight_specs(plan)
+        check_weights(checkpoint, specs, plan.architecture.ignored)
         step.note = f"{plan.config.model_type}, {_parameters(specs):,} parameters"
     with checkpoint, ThreadPoolExecutor(1) as pool, _staging(out) as staging:
         source_sum = pool.submit(checksum, source)
@@ -167,7 +168,6 @@ def _check_folder(
     if not (out / artifact.QCC_JSON).exists():
         return None
     if force:
-        (out / artifact.QCC_JSON).unlink()
         return None
     found = artifact.read_manifest(out)
     artifact.check_versions(found, out)
@@ -212,6 +212,9 @@ def _publish(
 ) -> None:
     """Move the libraries to their places and write qcc.json last: only then the folder loads."""
     libraries = dict(before["libraries"]) if before else {}
+    if before is None:
+        (out / artifact.QCC_JSON).unlink(missing_ok=True)
+        shutil.rmtree(out / "lib", ignore_errors=True)
     for suffix, path in built.items():
         (out / "lib").mkdir(exist_ok=True)
         final = out / "lib" / path.name

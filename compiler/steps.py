@@ -20,11 +20,11 @@ class Step:
 
 
 class Steps:
-    """Prints steps to a stream (None: nothing), a progress line only on a terminal."""
+    """Prints steps to a stream (None: standard error), a progress line only on a terminal."""
 
-    def __init__(self, stream: TextIO | None = sys.stderr) -> None:
-        """Remember where to print."""
-        self.stream = stream
+    def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
+        """Remember where to print; `quiet`: nowhere."""
+        self.stream = None if quiet else stream or sys.stderr
         self.times: dict[str, float] = {}
 
     @contextmanager

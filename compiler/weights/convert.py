@@ -82,7 +82,7 @@ def convert_weights(
         QccError: a tensor is missing, unused, of a wrong shape or dtype, NaN or infinite, or out of
             the range of its format; the disk is full.
     """
-    _check(checkpoint, specs, ignored)
+    check_weights(checkpoint, specs, ignored)
     sources = [source for spec in specs for source in spec.sources]
     total = sum(math.prod(s.shape) * ITEMSIZE[checkpoint.dtype(s.name)] for s in sources)
     stored = sum(tensor_bytes(part.shape, part.dtype) for spec in specs for part in spec.stored)
@@ -103,7 +103,14 @@ def convert_weights(
         return writer.finish(sum(math.prod(spec.shape) for spec in specs))
 
 
-def _check(checkpoint: Checkpoint, specs: Sequence[WeightSpec], ignored: Sequence[str]) -> None:
+def check_weights(
+    checkpoint: Checkpoint, specs: Sequence[WeightSpec], ignored: Sequence[str]
+) -> None:
+    """Compare names, shapes and dtypes of a checkpoint with what `specs` need; reads no numbers.
+
+    Raises:
+        QccError: a tensor is missing, unused, of a wrong shape or dtype.
+    """
     for spec in specs:
         for source in spec.sources:
             checkpoint.check(source.name, source.shape)

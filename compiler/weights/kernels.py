@@ -94,8 +94,11 @@ def _cast_kernel(source: str, dtype: str) -> tuple[Callable[..., None], int]:
 def _compile(name: str, func: Any) -> Callable[..., None]:
     import tvm
 
-    target = {"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()}
-    library = tvm.compile(tvm.IRModule({name: func}), target=tvm.target.Target(target))
+    from qcc.targets.cpu.build import resolve
+    from qcc.targets.spec import BuildOptions
+
+    host, _ = resolve(BuildOptions())
+    library = tvm.compile(tvm.IRModule({name: func}), target=host)
     compiled: Callable[..., None] = library[name]
     return compiled
 
