@@ -144,7 +144,8 @@ class LLM:
         params = params or self.default_params()
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self.scheduler.check_prompt(ids)
-        stops = {self.tokenizer.token_id(text) for text in params.stop}
+        # A special token has no text in which a stop string could be found.
+        stops = {self.tokenizer.special_ids.get(text) for text in params.stop}
         stops |= set(params.stop_token_ids)
         if not params.ignore_eos:
             stops |= self.tokenizer.eos_ids

@@ -33,6 +33,8 @@ class Tokenizer:
         self.backend.no_padding()
         self.config = optional_json(folder / "tokenizer_config.json")
         self.generation_config = optional_json(folder / "generation_config.json")
+        added = self.backend.get_added_tokens_decoder().items()
+        self.special_ids = {token.content: number for number, token in added if token.special}
         self.bos_id = self._bos(chat_config)
         self.eos_ids = _ids(chat_config.get("eos_token_id")) | _ids(
             self.generation_config.get("eos_token_id")
