@@ -15,6 +15,7 @@ from typing import Any
 from qcc.compiler.config import ModelConfig, RopeConfig, read_json
 from qcc.compiler.conv_template import TokenFacts, derive
 from qcc.runtime.artifact import CHAT_CONFIG
+from qcc.runtime.chat import find_template
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import os_errors, write_file
 
@@ -79,7 +80,7 @@ def write_chat_config(
         prefix=special.prefix,
         stop_ids=special.eos_list,
     )
-    conv, note = derive(read_chat_template(source), tokens)
+    conv, note = derive(find_template(source)[0], tokens)
     chat: dict[str, Any] = {
         "version": "0.1.0",
         "model_type": config.model_type,
@@ -242,26 +243,6 @@ def special_tokens(
         prefix = [ids["bos_token_id"]] if wants_bos and ids["bos_token_id"] is not None else []
     order = ("pad_token_id", "bos_token_id", "eos_token_id")
     return SpecialTokens(texts, {key: ids[key] for key in order}, prefix)
-
-
-def read_chat_template(source: Path) -> str | None:
-    """The checkpoint's chat template: chat_template.jinja, else tokenizer_config.json's default.
-
-    Raises:
-        QccError: neither a text nor a list of named ones.
-    """
-    path = source / "chat_template.jinja"
-    if path.is_file():
-        with os_errors(path, "read"):
-            return path.read_text(encoding="utf-8", errors="replace")
-    path = source / "tokenizer_config.json"
-    template = _read_object(path).get("chat_template")
-    if isinstance(template, list):
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default", next(iter(named.values()), None))
-    if template is not None and not isinstance(template, str):
-        raise QccError(f"{path}: chat_template is neither a text nor a list of named ones")
-    return template
 
 
 def _ids(raw: Mapping[str, Any], key: str, source: Path) -> list[int]:

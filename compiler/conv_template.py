@@ -10,31 +10,16 @@ field; clients that do not know it write the block with an empty message.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
-import jinja2
-import jinja2.nodes
-import jinja2.parser
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from qcc.runtime.errors import QccError
+from qcc.runtime.template import ChatTemplate
 
 Messages = Sequence[Mapping[str, str]]
 Renderer = Callable[[Messages, bool], str]  # messages, add_generation_prompt
 
-# What a template may raise: its own refusal, or a slip in its expressions.
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 _SYSTEM, _USER, _ASSISTANT = "{system_message}", "{user_message}", "{assistant_message}"
 _TURNS = (1, 2, 3)
 _TALK = (
@@ -56,27 +41,16 @@ class TokenFacts:
     stop_ids: list[int]  # ids that end a text
 
 
-class _Generation(Extension):
-    """{% generation %} marks what a training loss counts; at inference it is what it holds."""
-
-    tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        """The block's statements alone."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def derive(template: str | None, tokens: TokenFacts) -> tuple[dict[str, Any], str | None]:
     """The conv_template, and a note where it cannot say all that the chat template says."""
     fallback = _conv("plain", system_prefix_token_ids=tokens.prefix, stop_token_ids=tokens.stop_ids)
     if template is None:
         return fallback, None
     try:
-        render = renderer(template, tokens.texts)
+        render = ChatTemplate(template, tokens.texts).render
         found = list(_candidates(render, tokens))
         expected = _expected(render)
-    except _TEMPLATE_ERRORS as err:
+    except QccError as err:
         return fallback, f"no conversation template: the chat template fails: {_line(err)}"
     best, best_note, least = fallback, _UNCUT, 1 << 30
     for conv in found:
@@ -94,33 +68,6 @@ def derive(template: str | None, tokens: TokenFacts) -> tuple[dict[str, Any], st
 
 
 _UNCUT = "no conversation template: the chat template has no regular turns"
-
-
-def renderer(template: str, texts: Mapping[str, str]) -> Renderer:
-    """Compile a chat template the way transformers does; `texts` are its special tokens."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
-
-    def refuse(message: str) -> str:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})
-
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    compiled = environment.from_string(template)
-
-    def render(messages: Messages, add_generation_prompt: bool) -> str:
-        return compiled.render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            **texts,
-        )
-
-    return render
 
 
 def assemble(conv: Mapping[str, Any], messages: Messages) -> str:
@@ -183,7 +130,7 @@ def _expected(render: Renderer) -> dict[tuple[bool, int], str]:
         for turns in _TURNS:
             try:
                 texts[system, turns] = render(_talk(system, turns), True)
-            except _TEMPLATE_ERRORS as err:
+            except QccError as err:
                 texts[system, turns] = f"(refused: {_line(err)})"
     return texts
 
@@ -249,7 +196,7 @@ def _cut(render: Renderer, roles: str, generate: bool) -> list[str] | None:
     messages = [{"role": names[r], "content": f"QCC{i}MARK"} for i, r in enumerate(roles)]
     try:
         rest = render(messages, generate)
-    except _TEMPLATE_ERRORS:
+    except QccError:
         return None
     pieces = []
     for message in messages:

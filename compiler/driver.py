@@ -60,7 +60,7 @@ def compile_model(
     """
     options, steps = options or CompileOptions(), steps or Steps(quiet=True)
     specs_of_targets = [find_target(name) for name in options.targets]
-    suffixes = [spec.resolve(options.build)[1] for spec in specs_of_targets]
+    resolved = [spec.resolve(options.build) for spec in specs_of_targets]
     with steps.step("Read the checkpoint") as step:
         source = locate(model, options.allow_pickle)
         chunks = [target.default_prefill_chunk for target in specs_of_targets]
@@ -73,11 +73,11 @@ def compile_model(
         source_sum = pool.submit(checksum, source)
         before = _check_folder(out, plan, specs, source_sum.result, options.force)
         built = {}
-        for spec, suffix in zip(specs_of_targets, suffixes, strict=True):
+        for spec, (target, suffix) in zip(specs_of_targets, resolved, strict=True):
             with steps.step(f"Build the {spec.name} library") as step:
                 path = staging / f"{suffix}.{spec.library_extension}"
                 build_library(plan, specs, spec, options.build, path, options.dump_ir)
-                built[suffix] = path
+                built[suffix] = path, spec.requires(target)
                 step.note = f"{suffix}, {path.stat().st_size / 1e6:.1f} MB"
         if before is None:
             with steps.step("Convert the weights") as step:
@@ -208,18 +208,18 @@ def _publish(
     source: Mapping[str, str],
     specs: Sequence[WeightSpec],
     before: Mapping[str, Any] | None,
-    built: Mapping[str, Path],
+    built: Mapping[str, tuple[Path, Mapping[str, Any]]],
 ) -> None:
     """Move the libraries to their places and write qcc.json last: only then the folder loads."""
     libraries = dict(before["libraries"]) if before else {}
     if before is None:
         (out / artifact.QCC_JSON).unlink(missing_ok=True)
         shutil.rmtree(out / "lib", ignore_errors=True)
-    for suffix, path in built.items():
+    for suffix, (path, requires) in built.items():
         (out / "lib").mkdir(exist_ok=True)
         final = out / "lib" / path.name
         path.replace(final)
-        libraries[suffix] = artifact.library_entry(out, final)
+        libraries[suffix] = artifact.library_entry(out, final, requires)
     manifest = {
         "source": source,
         "scheme": plan.scheme.name,

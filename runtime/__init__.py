@@ -2,9 +2,13 @@
 
 In the order in which data passes:
   errors.py     QccError, the one-line error of a user's mistake
+  machine.py    what this machine is, and what a library needs of it
+  files.py      temporary names and renames, the cache folder, checksums
   artifact.py   the folder that a compile writes: the only contract between compiler and runtime
+  manifest.py   its qcc.json            verified.py  which of its files were checked already
   engine/       load the library and the weights, schedule, run, sample, detokenize
-  chat.py       conversations: the template, the history
+  template.py   a chat template, in a bounded sandbox
+  chat.py       conversations: the history, the prompt that the template makes of it
   bench/        benchmarks and their RESULTS.md
 """
 

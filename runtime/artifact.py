@@ -27,6 +27,7 @@ from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir as cache_dir
 from qcc.runtime.files import checksum, os_errors, read_json
 from qcc.runtime.files import write_file as write_file
+from qcc.runtime.machine import missing
 from qcc.runtime.manifest import MALFORMED, RECOMPILE, Manifest, parse_manifest, what
 from qcc.runtime.manifest import QCC_JSON as QCC_JSON
 from qcc.runtime.manifest import check_versions as check_versions
@@ -121,10 +122,10 @@ class Artifact:
         return {target: found[target]} if target in found else found
 
     def library(self, target: str) -> Path:
-        """The one library for a target.
+        """The library for a target that runs here; of several the one that uses most of it.
 
         Raises:
-            QccError: there is none, or there are several and `target` names no single one.
+            QccError: there is none for the target, or none that this machine can run.
         """
         found = self.libraries(target)
         if not found:
@@ -133,9 +134,16 @@ class Artifact:
                 f"{self.folder}: no library for {target!r}; it has: {names}; add one with "
                 f"qcc compile --target {target} -o {self.folder}"
             )
-        if len(found) > 1:
-            raise QccError(f"{self.folder}: several libraries for {target!r}: {', '.join(found)}")
-        return next(iter(found.values()))
+        lacks = {name: missing(self.manifest.libraries[name].requires) for name in found}
+        fit = [name for name in found if not lacks[name]]
+        if not fit:
+            needs = "; ".join(f"{name} needs {', '.join(lack)}" for name, lack in lacks.items())
+            raise QccError(
+                f"{self.folder}: no library that this machine can run: {needs}; add one with "
+                f"qcc compile --mcpu native -o {self.folder}"
+            )
+        uses = {name: len(self.manifest.libraries[name].requires.get("flags", ())) for name in fit}
+        return found[max(fit, key=lambda name: uses[name])]
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """A stored tensor in its dtype; bfloat16 by ml_dtypes where installed, else as uint16.

@@ -34,7 +34,9 @@ def find_template(folder: Path) -> tuple[str | None, Path]:
     if isinstance(found, list):  # {"name": ..., "template": ...}
         named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
         found = named.get("default") or next(iter(named.values()), None)
-    return (found if isinstance(found, str) else None), path
+    if found is not None and not isinstance(found, str):
+        raise QccError(f"{path}: chat_template is neither a text nor a list of named ones")
+    return found, path
 
 
 def load_template(folder: Path, special_texts: Mapping[str, str]) -> ChatTemplate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,15 @@ MALFORMED = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
 
 @dataclass(frozen=True)
 class LibraryFile:
-    """A compiled library: its path within the folder, sha256 in hex, size in bytes."""
+    """A compiled library: its path within the folder, sha256 in hex, size in bytes.
+
+    `requires` is what a machine must have to run it, as runtime.machine reads it.
+    """
 
     file: str
     sha256: str
     bytes: int
+    requires: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,10 +53,13 @@ def running_versions() -> dict[str, str]:
     }
 
 
-def library_entry(folder: Path, path: Path) -> dict[str, Any]:
+def library_entry(
+    folder: Path, path: Path, requires: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The entry in qcc.json of a library that lies at `path` within the folder."""
     file = path.relative_to(folder).as_posix()
-    return asdict(LibraryFile(file, checksum(path, "sha256"), path.stat().st_size))
+    size = path.stat().st_size
+    return asdict(LibraryFile(file, checksum(path, "sha256"), size, dict(requires or {})))
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -134,6 +141,8 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
             raise ValueError(f"libraries[{name}] has no file or no sha256")
         if type(library.bytes) is not int:
             raise ValueError(f"libraries[{name}] has no size")
+        if not isinstance(library.requires, dict):
+            raise ValueError(f"libraries[{name}] requires no object")
     return manifest
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ class TargetSpec:
 
     `resolve(options)` returns the tvm.target.Target and the library's suffix (`<target>[-<arch>]`);
     `passes(phase, target, opt)` the target's own passes of a phase of the pipeline;
+    `requires(target)` what a machine must have to run its code, as runtime.machine reads it;
     `kv_kernels(config, target)` the attention kernels; `export(executable, path, options)` writes
     the library.
     """
@@ -83,5 +84,6 @@ class TargetSpec:
     library_extension: str
     resolve: Callable[[BuildOptions], tuple[Any, str]]
     passes: Callable[[str, Any, int], Sequence[Any]]
+    requires: Callable[[Any], Mapping[str, Any]]
     kv_kernels: Callable[[KVCacheConfig, Any], KVKernels]
     export: Callable[[Any, Path, BuildOptions], None]

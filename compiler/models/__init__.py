@@ -39,6 +39,8 @@ def find_architecture(raw: dict[str, Any], where: str) -> Architecture:
     """The architecture that a config.json names by `architectures` (first) or `model_type`."""
     known = architectures()
     names = raw.get("architectures") or []
+    if not isinstance(names, list):
+        raise QccError(f"{where}: architectures is {names!r}, it must be a list of class names")
     for architecture in known.values():
         if any(name in architecture.hf_names for name in names):
             return architecture

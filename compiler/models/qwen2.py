@@ -17,6 +17,8 @@ def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
     reader.get("sliding_window")
     reader.get("max_window_layers")
     layer_types = reader.get("layer_types", [])
+    if not isinstance(layer_types, list):
+        raise QccError(f"{where}: layer_types is {layer_types!r}, it must be a list")
     if used or any(kind != "full_attention" for kind in layer_types):
         raise QccError(
             f"{where}: use_sliding_window with windows on some layers only is not supported; "

@@ -54,7 +54,7 @@ def rope_from_hf(
     if not isinstance(scaling, dict):
         raise QccError(f"{where} is {scaling!r}, it must be a mapping")
     rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type not in _KEYS:
+    if not isinstance(rope_type, str) or rope_type not in _KEYS:
         raise QccError(
             f"{reader.where}: rope type {rope_type!r} is not supported; "
             f"supported: {', '.join(_KEYS)}"
@@ -73,9 +73,11 @@ def rope_from_hf(
     }
     for key, value in [("rope_theta", theta), (partial_key, partial), *values.items()]:
         if key != "truncate" and (
-            isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30
         ):
             raise QccError(f"{where}: {key} is {value!r}, it must be a positive number")
+    if not isinstance(values.get("truncate", True), bool):
+        raise QccError(f"{where}: truncate is {values['truncate']!r}, it must be true or false")
     if rope_type == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
         raise QccError(f"{where}: low_freq_factor must be below high_freq_factor")
     rotary_dim = int(head_dim * partial)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qcc.targets.cpu.build import export, resolve
+from qcc.targets.cpu.build import export, requires, resolve
 from qcc.targets.spec import KVCacheConfig, KVKernels, TargetSpec
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ TARGET = TargetSpec(
     library_extension="so",
     resolve=resolve,
     passes=_passes,
+    requires=requires,
     kv_kernels=_kv_kernels,
     export=export,
 )

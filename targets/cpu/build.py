@@ -10,10 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from qcc.runtime.errors import QccError
+from qcc.runtime.machine import cpu_flags
 from qcc.targets.spec import BuildOptions
 
 HOST_TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 CROSS_LINKERS = {"x86_64": "x86_64-linux-gnu-gcc", "aarch64": "aarch64-linux-gnu-gcc"}
+# LLVM's feature -> Linux's flag in /proc/cpuinfo.
+FEATURES = {
+    "avx2": "avx2", "fma": "fma", "f16c": "f16c", "avxvnni": "avx_vnni", "avx512f": "avx512f",
+    "avx512bw": "avx512bw", "avx512vl": "avx512vl", "avx512dq": "avx512dq",
+    "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16", "avx512fp16": "avx512_fp16",
+}  # fmt: skip
+AMX = {"amx-tile": "amx_tile", "amx-int8": "amx_int8", "amx-bf16": "amx_bf16"}
 
 
 def resolve(options: BuildOptions) -> tuple[Any, str]:
@@ -74,34 +82,32 @@ def _host_attributes(mcpu: str) -> list[str]:
     """
     import tvm
 
-    flags = _cpu_flags()
+    flags = cpu_flags()
     if not flags:
         return []
     named = tvm.target.Target({"kind": "llvm", "mcpu": mcpu})
-    checked = {
-        "avx512f": "avx512f", "avx512bw": "avx512bw", "avx512vl": "avx512vl",
-        "avx512dq": "avx512dq", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16",
-        "avx512fp16": "avx512_fp16", "avxvnni": "avx_vnni", "amx-tile": "amx_tile",
-        "amx-int8": "amx_int8", "amx-bf16": "amx_bf16", "avx2": "avx2", "fma": "fma",
-        "f16c": "f16c",
-    }  # fmt: skip
     attributes = []
-    for feature, flag in checked.items():
+    for feature, flag in (FEATURES | AMX).items():
         described = tvm.target.codegen.llvm_cpu_has_features(feature, named)
         if (flag in flags) != described:
             attributes.append(f"{'-' if described else '+'}{feature}")
     return attributes
 
 
-def _cpu_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return set()
-    for line in text.splitlines():
-        if line.startswith("flags"):
-            return set(line.split(":", 1)[1].split())
-    return set()
+def requires(target: Any) -> dict[str, Any]:
+    """The machine and the processor flags that code for `target` may use."""
+    import tvm
+
+    machine = _machine(str(target.attrs.get("mtriple", "")) or platform.machine())
+    if machine != "x86_64":
+        return {"machine": machine, "flags": []}
+    # LLVM emits tile instructions only where a kernel names them.
+    flags = [
+        flag
+        for feature, flag in FEATURES.items()
+        if tvm.target.codegen.llvm_cpu_has_features(feature, target)
+    ]
+    return {"machine": machine, "flags": flags}
 
 
 def find_linker(machine: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,14 +132,35 @@ def test_libraries(folder: Path) -> None:
     with pytest.raises(QccError, match="no library for 'cuda'; it has: cpu-sapphirerapids, webgpu"):
         artifact.library("cuda")
 
+
+def test_the_library_that_fits_this_machine_is_chosen(folder: Path, monkeypatch: Any) -> None:
+    """Of several libraries for a target: runnable here, and using most of the processor."""
+
     def change(data: dict[str, Any]) -> None:
-        data["libraries"]["cpu-haswell"] = data["libraries"]["webgpu"]
+        entry = data["libraries"].pop("cpu-sapphirerapids")
+        for name, machine, flags in (
+            ("cpu-old", "x86_64", ["avx2"]),
+            ("cpu-new", "x86_64", ["avx2", "avx512f"]),
+            ("cpu-newest", "x86_64", ["avx2", "avx512f", "amx_tile"]),
+            ("cpu-arm", "aarch64", []),
+        ):
+            requires = {"machine": machine, "flags": flags}
+            data["libraries"][name] = {**entry, "file": f"lib/{name}.so", "requires": requires}
+            shutil.copy(folder / entry["file"], folder / "lib" / f"{name}.so")
 
     edit(folder / "qcc.json", change)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr("qcc.runtime.machine.cpu_flags", lambda: {"avx2", "avx512f", "fma"})
     artifact = Artifact.open(folder)
-    with pytest.raises(QccError, match="several libraries for 'cpu': cpu-sapphirerapids, cpu-has"):
+    assert artifact.library("cpu").name == "cpu-new.so"
+    assert artifact.library("cpu-old").name == "cpu-old.so"
+    with pytest.raises(QccError, match="cpu-newest needs amx_tile; add one with qcc compile"):
+        artifact.library("cpu-newest")
+    with pytest.raises(QccError, match="cpu-arm needs an aarch64 processor"):
+        artifact.library("cpu-arm")
+    monkeypatch.setattr("qcc.runtime.machine.cpu_flags", lambda: {"sse2"})
+    with pytest.raises(QccError, match=r"no library that this machine can run: cpu-old needs avx2"):
         artifact.library("cpu")
-    assert set(artifact.libraries("cpu")) == {"cpu-sapphirerapids", "cpu-haswell"}
 
 
 def test_what_is_no_artifact(folder: Path, tmp_path: Path) -> None:

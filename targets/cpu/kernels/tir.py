@@ -91,9 +91,7 @@ def zeros(lanes: int) -> Any:
 
 def registers(count: int, lanes: int) -> list[Any]:
     """`count` local f32 vectors, each its own buffer so that LLVM keeps it in a register."""
-    return [
-        T.alloc_buffer((1,), f"float32x{lanes}", layout=None) for _ in range(count)
-    ]
+    return [T.alloc_buffer((1,), f"float32x{lanes}", layout=None) for _ in range(count)]
 
 
 def tree_sum(values: list[Any]) -> Any:

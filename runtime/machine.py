@@ -1,0 +1,32 @@
+"""What this machine is, and whether a library's code runs on it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_NAMES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+
+def cpu_flags() -> set[str]:
+    """Flags of the processor as Linux names them; empty where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def missing(requires: Mapping[str, Any]) -> list[str]:
+    """What a library needs and this machine lacks: {"machine": "x86_64", "flags": [...]}."""
+    here = platform.machine().lower()
+    machine = requires.get("machine")
+    if machine is not None and machine != _NAMES.get(here, here):
+        return [f"an {machine} processor"]
+    have = cpu_flags()
+    return sorted(set(requires.get("flags", ())) - have) if have else []
