@@ -73,7 +73,7 @@ def rope_from_hf(
     }
     for key, value in [("rope_theta", theta), (partial_key, partial), *values.items()]:
         if key != "truncate" and (
-            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12
         ):
             raise QccError(f"{where}: {key} is {value!r}, it must be a positive number")
     if not isinstance(values.get("truncate", True), bool):

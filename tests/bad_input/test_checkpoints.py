@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def test_a_truncated_file(broken: Path, refused: Any) -> None:
 
 
 def test_a_missing_shard(broken: Path, refused: Any) -> None:
-    index = '{"weight_map": {"%s": "model-00001-of-00002.safetensors"}}' % NORM
+    index = json.dumps({"weight_map": {NORM: "model-00001-of-00002.safetensors"}})
     (broken / "model.safetensors").unlink()
     (broken / "model.safetensors.index.json").write_text(index, encoding="utf-8")
     assert "its shard model-00001-of-00002.safetensors is missing" in refused()

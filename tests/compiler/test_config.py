@@ -1,0 +1,162 @@
+"""config.json -> ModelConfig: what is read, what is refused, and that nothing else ever happens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcc.compiler.build import weight_specs
+from qcc.compiler.driver import CompileOptions, make_plan
+from qcc.compiler.models import architectures, find_architecture
+from qcc.runtime.errors import QccError
+from qcc.tutorials.random_checkpoint import SHAPES
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 361,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "sliding_window": 24}
+del MISTRAL["attention_bias"], MISTRAL["mlp_bias"]
+QWEN2 = {
+    **MISTRAL,
+    "architectures": ["Qwen2ForCausalLM"],
+    "use_sliding_window": False,
+    "max_window_layers": 2,
+    "layer_types": ["full_attention", "full_attention"],
+}
+NEOX = {
+    **SHAPES["pythia-160m"],
+    "num_hidden_layers": 2,
+    "rope_scaling": {"type": "linear", "factor": 2.0},
+}
+CONFIGS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "gpt_neox": NEOX}
+
+JUNK: list[Any] = [
+    None, True, False, 0, -1, 3, 2.5, 10**30, float("nan"), float("inf"), "", "x", [], {}, [1],
+    ["x"], [["x"]], [None], {"a": 1}, {"rope_type": ["x"]}, {"rope_type": None},
+]  # fmt: skip
+
+
+def read(raw: dict[str, Any]) -> Any:
+    """As `compile` does."""
+    return find_architecture(raw, "config.json").config(raw, "config.json")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_junk_is_refused_or_harmless(name: str) -> None:
+    """Every key with every kind of rubbish: a QccError of one line, or a config; nothing else."""
+    read(CONFIGS[name])
+    refused = 0
+    for key in CONFIGS[name]:
+        for value in JUNK:
+            try:
+                read({**CONFIGS[name], key: value})
+            except QccError as err:
+                refused += 1
+                assert "config.json" in str(err) and "\n" not in str(err), (key, value)
+            except Exception as err:  # noqa: BLE001
+                pytest.fail(f"{key} = {value!r}: {type(err).__name__}: {err}")
+    assert refused > 5 * len(CONFIGS[name])
+
+
+def test_junk_within_rope_scaling() -> None:
+    for rope_type in ("linear", "dynamic", "llama3", "yarn"):
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "rope_theta", "beta_fast")
+        keys += ("original_max_position_embeddings", "attention_factor", "truncate")
+        for key in keys:
+            for value in JUNK:
+                scaling = {"rope_type": rope_type, "factor": 2.0, key: value}
+                try:
+                    read({**LLAMA, "rope_scaling": scaling})
+                except QccError as err:
+                    assert "rope" in str(err)
+                except Exception as err:  # noqa: BLE001
+                    pytest.fail(f"{scaling}: {type(err).__name__}: {err}")
+
+
+@pytest.mark.parametrize("head_dim", [6, 10, 15])
+def test_a_head_dim_that_no_kernel_takes(head_dim: int, tmp_path: Path) -> None:
+    """Refused in words wherever it is noticed, not by an assertion."""
+    from qcc.compiler.build import kv_cache_config
+    from qcc.targets.cpu import TARGET
+    from qcc.targets.spec import BuildOptions
+
+    raw = {**LLAMA, "head_dim": head_dim, "rope_scaling": None}
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(QccError, match=r"head_dim|rotary dimensions"):
+        plan = make_plan(tmp_path, CompileOptions(), 64)
+        target, _ = TARGET.resolve(BuildOptions())
+        TARGET.kv_kernels(kv_cache_config(plan, "float32"), target)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_real_shapes(shape: str, tmp_path: Path) -> None:
+    """The fields of released models are all known; every weight has a source."""
+    from qcc.tutorials.random_checkpoint import tensor_shapes
+
+    raw = SHAPES[shape]
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    specs = weight_specs(make_plan(tmp_path, CompileOptions(quant="q0f16"), 512))
+    sources = {source.name: source.shape for spec in specs for source in spec.sources}
+    assert sources == tensor_shapes(raw)
+
+
+def test_fields() -> None:
+    config = read(LLAMA)
+    assert (config.hidden_size, config.intermediate_size, config.vocab_size) == (64, 172, 361)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 16)
+    assert config.rope.rope_type == "yarn" and config.rope.factor == 4.0
+    assert config.rope.original_max_position_embeddings == 64
+    assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.tie_word_embeddings)
+    assert config.sliding_window is None and read(MISTRAL).sliding_window == 24
+    assert read({**MISTRAL, "sliding_window": None}).sliding_window is None
+    assert read(QWEN2).qkv_bias and not read(QWEN2).o_bias
+
+
+def test_defaults_of_absent_and_null_keys() -> None:
+    """Hugging Face's: as many KV heads as heads, head_dim from the hidden size, silu, untied."""
+    kept = ("architectures", "model_type", "hidden_size", "intermediate_size")
+    kept += ("num_hidden_layers", "num_attention_heads", "vocab_size")
+    bare = {key: LLAMA[key] for key in kept}
+    config = read({**bare, "head_dim": None, "rope_scaling": None})
+    assert config == read(bare)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 16)
+    assert (config.hidden_act, config.norm_eps) == ("silu", 1e-6)
+    assert (config.max_position_embeddings, config.rope.theta) == (2048, 10000.0)
+    assert not config.tie_word_embeddings
+
+
+def test_windows_on_some_layers_are_refused() -> None:
+    for change in (
+        {"use_sliding_window": True},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+    ):
+        with pytest.raises(QccError, match="windows on some layers only is not supported"):
+            read({**QWEN2, **change})
+
+
+def test_an_architecture_is_found_by_its_class_or_its_type() -> None:
+    raw = {key: value for key, value in LLAMA.items() if key != "architectures"}
+    assert find_architecture(raw, "x").model_type == "llama"
+    assert find_architecture({**raw, "architectures": ["MistralForCausalLM"]}, "x").model_type == (
+        "mistral"
+    )
+    assert set(architectures()) == {"llama", "mistral", "qwen2", "gpt_neox"}
