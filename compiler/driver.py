@@ -28,7 +28,7 @@ from qcc.compiler.weights.spec import WeightSpec
 from qcc.quant_schemes.scheme import load_scheme
 from qcc.runtime import artifact
 from qcc.runtime.errors import QccError
-from qcc.runtime.files import cache_dir, remove_stale
+from qcc.runtime.files import cache_dir, os_errors, remove_stale
 from qcc.targets import find_target
 from qcc.targets.spec import BuildOptions
 
@@ -172,11 +172,11 @@ def _check_folder(
     found = artifact.read_manifest(out)
     artifact.check_versions(found, out)
     for key, old, new in (
+        ("checkpoint", found.get("source", {}).get("sha256"), source_sum()),
         ("scheme", found.get("scheme"), plan.scheme.name),
         ("scheme of that name", _digest(found.get("tensors")), _digest(_formats(specs))),
         ("method", found.get("method"), METHOD),
         ("sizes", found.get("sizes"), plan.sizes.as_dict()),
-        ("checkpoint", found.get("source", {}).get("sha256"), source_sum()),
     ):
         if old != new:
             raise QccError(
@@ -189,11 +189,14 @@ def _check_folder(
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
     """A folder inside `out` for what is under way; gone afterwards, as is `out` if it is empty."""
-    out.mkdir(parents=True, exist_ok=True)
-    remove_stale(out)
+    if out.exists() and not out.is_dir():
+        raise QccError(f"-o {out}: that is a file; give a folder")
     staging = out / ".building"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    with os_errors(out, "write"):
+        out.mkdir(parents=True, exist_ok=True)
+        remove_stale(out)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
     try:
         yield staging
     finally:

@@ -17,7 +17,10 @@ SOURCES = {".py", ".c", ".cc", ".h", ".ts", ".js", ".mjs", ".swift", ".sh"}
 ALLOWED = {
     "quant_schemes": (),
     "runtime": (),
-    "targets": ("quant_schemes", "runtime.artifact", "runtime.errors", "runtime.machine"),
+    "targets": (
+        "quant_schemes",
+        *(f"runtime.{name}" for name in ("artifact", "errors", "files", "machine")),
+    ),
     "compiler": ("quant_schemes", "runtime", "targets"),
     "compiler.cli": ("compiler", "quant_schemes", "runtime", "targets", "tutorials"),
     "tutorials": ("compiler", "quant_schemes", "runtime", "targets"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qcc.runtime.errors import QccError
+from qcc.runtime.files import os_errors
 from qcc.runtime.machine import cpu_flags
 from qcc.targets.spec import BuildOptions
 
@@ -134,10 +135,13 @@ def export(executable: Any, path: Path, options: BuildOptions) -> None:
         command = [linker, "-shared", "-fPIC", "-s", "-o", output, *objects]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise QccError(f"{linker} failed: {done.stderr.strip().splitlines()[-1:]}")
+            reason = "; ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
+            raise QccError(f"{path}: {linker} failed: {reason}")
 
-    with tempfile.TemporaryDirectory() as work:
-        executable.export_library(str(path), fcompile=_with_format(link), workspace_dir=work)
+    with tempfile.TemporaryDirectory() as work, os_errors(path, "write"):
+        linked = Path(work) / path.name
+        executable.export_library(str(linked), fcompile=_with_format(link), workspace_dir=work)
+        shutil.move(linked, path)
 
 
 def _with_format(link: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tvm.relax.frontend.nn.llm import kv_cache as wheel
 
+from qcc.runtime.errors import QccError
 from qcc.targets.cpu.kernels import rope
 from qcc.targets.cpu.kernels.attention import PAGE, Tile
 from qcc.targets.cpu.kernels.attention_decode import decode_kernel
@@ -13,6 +14,10 @@ from qcc.targets.cpu.kernels.attention_prefill import Mask, prefill_kernel
 from qcc.targets.cpu.kernels.attention_state import merge_state, transpose_append
 from qcc.targets.cpu.kernels.attention_vector import Registers
 from qcc.targets.spec import KVCacheConfig, KVKernels
+
+
+HEAD_DIM_STEP = 4  # the narrowest vector
+MAX_SLIDING = 1 << 16
 
 
 def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
@@ -47,14 +52,27 @@ def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
 
 
 def _check(config: KVCacheConfig) -> None:
-    """The compiler passes checked models only: violations are our own bugs."""
+    """Refuse what the kernels cannot do; the rest the compiler has checked before.
+
+    Raises:
+        QccError: an odd head_dim, or a window of more positions than the kernels count.
+    """
+    if config.head_dim % HEAD_DIM_STEP:
+        raise QccError(
+            f"head_dim {config.head_dim}: the cpu target needs a multiple of {HEAD_DIM_STEP}"
+        )
+    # Positions in the cache must fit the exact products of `rope.Rotation`.
+    positions = config.sliding_window_size + config.prefill_chunk_size
+    if config.sliding_window_size > 0 and positions > MAX_SLIDING:
+        raise QccError(
+            f"sliding window {config.sliding_window_size} + prefill chunk "
+            f"{config.prefill_chunk_size}: the cpu target slides over at most {MAX_SLIDING} "
+            "positions; lower --sliding-window or --prefill-chunk"
+        )
     assert config.num_attention_heads % config.num_key_value_heads == 0, config
-    assert config.head_dim % 4 == 0, config
     assert 2 * len(config.inv_freq) == config.rotary_dim <= config.head_dim, config
     if config.sliding_window_size > 0:
         assert 0 <= config.attention_sink_size < config.sliding_window_size, config
-        # Positions in the cache must fit the exact products of `rope.Rotation`.
-        assert config.sliding_window_size + config.prefill_chunk_size <= 1 << 16, config
 
 
 def _private(func: Any) -> Any:
