@@ -1,0 +1,183 @@
+"""LowerLinear: which calls become kernels, and which weights are repacked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from tvm import relax as rx
+from tvm import tirx
+from tvm.script import ir as I
+from tvm.script import relax as R
+
+from qcc.compiler.passes.quantize_weights import QuantizeWeights
+from qcc.compiler.weights.spec import WeightSpec
+from qcc.quant_schemes.scheme import WeightFormat
+from qcc.targets.cpu.isa import AVX2
+from qcc.targets.cpu.passes.lower_linear import LowerLinear
+
+Q4, F16, F32 = (
+    WeightFormat(4, "float16", 32),
+    WeightFormat(16, "float16"),
+    WeightFormat(32, "float32"),
+)
+
+
+@I.ir_module(s_tir=True)
+class Model:
+    """Weight 0 is a tied table, 1 is multiplied with, 2 is a norm, 3 is looked up alone."""
+
+    @R.function
+    def embed(
+        ids: R.Tensor(("n",), "int32"),
+        p: R.Tuple(
+            R.Tensor((24, 64), "float32"),
+            R.Tensor((64, 64), "float32"),
+            R.Tensor((64,), "float32"),
+            R.Tensor((24, 64), "float32"),
+        ),
+    ):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            w = p[0]
+            other = p[3]
+            rows = R.take(w, ids, axis=0, mode="clip")
+            more = R.take(other, ids, axis=0, mode="clip")
+            y = R.add(rows, more)
+            R.output(y)
+        return y
+
+    @R.function
+    def decode(
+        x: R.Tensor((1, 1, 64), "float32"),
+        p: R.Tuple(
+            R.Tensor((24, 64), "float32"),
+            R.Tensor((64, 64), "float32"),
+            R.Tensor((64,), "float32"),
+            R.Tensor((24, 64), "float32"),
+        ),
+    ):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            head = p[0]
+            inner = p[1]
+            norm = p[2]
+            h = R.matmul(x, R.permute_dims(inner))
+            scaled = R.multiply(h, norm)
+            y = R.matmul(scaled, R.permute_dims(head))
+            R.output(y)
+        return y
+
+    @R.function
+    def prefill(
+        x: R.Tensor((1, "n", 64), "float32"),
+        p: R.Tuple(
+            R.Tensor((24, 64), "float32"),
+            R.Tensor((64, 64), "float32"),
+            R.Tensor((64,), "float32"),
+            R.Tensor((24, 64), "float32"),
+        ),
+    ):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            inner = p[1]
+            y = R.matmul(x, R.permute_dims(inner))
+            again = R.matmul(y, R.permute_dims(y, axes=[0, 2, 1]))  # no weight: stays
+            out = R.matmul(again, y)
+            R.output(out)
+        return out
+
+
+def lowered(fmt: WeightFormat, norm: WeightFormat) -> tvm.IRModule:
+    shapes = {
+        "embed.weight": (24, 64),
+        "inner.weight": (64, 64),
+        "norm": (64,),
+        "b.weight": (24, 64),
+    }
+    specs = [
+        WeightSpec(name, shape, fmt if len(shape) == 2 else norm, ())
+        for name, shape in shapes.items()
+    ]
+    module = LowerLinear(AVX2)(QuantizeWeights(specs, "float32")(Model))
+    rx.analysis.well_formed(module)
+    return module
+
+
+def calls(module: tvm.IRModule, function: str) -> Counter[str]:
+    """How often each role of PrimFunc is called by a function, and each operator of interest."""
+    found: Counter[str] = Counter()
+
+    def visit(expr: Any) -> None:
+        if not isinstance(expr, rx.Call):
+            return
+        if expr.op == tvm.ir.Op.get("relax.call_tir"):
+            gv = expr.args[0]
+            role = str(module[gv].attrs["qcc.role"])
+            kind = gv.name_hint.rstrip("0123456789") if role == "linear" else role
+            found[kind] += 1
+        elif str(expr.op.name) in ("relax.matmul", "relax.take", "relax.astype"):
+            found[str(expr.op.name)] += 1
+
+    rx.analysis.post_order_visit(module[function], visit)
+    return found
+
+
+def test_quantized_weights() -> None:
+    module = lowered(Q4, F16)
+    # Of a quantized weight words and scales are repacked; a norm in f16 is widened once.
+    assert calls(module, "decode") == {"gemv": 2, "repack": 5}
+    assert calls(module, "prefill") == {"gemm": 1, "repack": 2, "relax.matmul": 2}
+    # The tied table is read as repacked, once in memory; the other one as stored.
+    assert calls(module, "embed") == {"table_rows": 1, "repack": 2, "dequantize_rows": 1}
+
+
+def test_floating_weights() -> None:
+    module = lowered(F32, F32)
+    assert calls(module, "decode") == {"gemv": 2, "repack": 2}
+    assert calls(module, "prefill") == {"gemm": 1, "repack": 1, "relax.matmul": 2}
+    assert calls(module, "embed") == {"table_rows": 1, "repack": 1, "dequantize_rows": 1}
+
+
+@pytest.mark.parametrize("fmt", [Q4, F16, F32], ids=str)
+def test_equal_kernels_are_one(fmt: WeightFormat) -> None:
+    """A weight that several functions use has one repack function a part, one kernel a shape."""
+    module = lowered(fmt, F16)
+    roles = Counter(
+        str(func.attrs["qcc.role"])
+        for func in module.functions.values()
+        if isinstance(func, tirx.PrimFunc)
+    )
+    parts = 1 if fmt.is_float else 2
+    assert roles["linear"] == 3, "two GEMV, one GEMM"
+    assert roles["repack"] == 2 * parts + 1, "of two weights and the norm"
+
+
+def test_kernels_say_that_they_are_scheduled() -> None:
+    """The generic scheduler and fusion leave them alone."""
+    for func in lowered(Q4, F16).functions.values():
+        if isinstance(func, tirx.PrimFunc) and str(func.attrs["qcc.role"]) in (
+            "linear",
+            "table_rows",
+        ):
+            assert bool(func.attrs["tirx.is_scheduled"]) and int(func.attrs["op_pattern"]) == 8
+
+
+def test_lowered_functions_compute_the_same() -> None:
+    """Through TVM's own pipeline, repacking within the functions, against numpy."""
+    random = np.random.default_rng(0)
+    weights = [random.normal(size=s).astype("f4") for s in ((24, 64), (64, 64), (64,), (24, 64))]
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
+    with target:
+        vm = rx.VirtualMachine(rx.build(lowered(F32, F32), target), tvm.cpu())
+    params = [tvm.runtime.tensor(w) for w in weights]
+    x = random.normal(size=(1, 1, 64)).astype("f4")
+    expected = (x.astype("f8") @ weights[1].T) * weights[2] @ weights[0].T
+    found = vm["decode"](tvm.runtime.tensor(x), params).numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    ids = np.array([3, 0, 23], "int32")
+    rows = vm["embed"](tvm.runtime.tensor(ids), params).numpy()
+    np.testing.assert_array_equal(rows, weights[0][ids] + weights[3][ids])
