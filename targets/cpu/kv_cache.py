@@ -15,7 +15,6 @@ from qcc.targets.cpu.kernels.attention_state import merge_state, transpose_appen
 from qcc.targets.cpu.kernels.attention_vector import Registers
 from qcc.targets.spec import KVCacheConfig, KVKernels
 
-
 HEAD_DIM_STEP = 4  # the narrowest vector
 MAX_SLIDING = 1 << 16
 
