@@ -55,7 +55,7 @@ def test_metadata(llm: Any, metadata: Any) -> None:
     slides = llm.limits.window is not None
     assert windows == ([-1, 24] if slides else [256, -1])
     assert metadata["attention_sink_size"] == (0 if slides else -1)
-    assert metadata["kv_state_kind"] == "kv_cache" and metadata["active_vocab_size"] == VOCABULARY
+    assert metadata["kv_state_kind"] == "kv_cache" and metadata["active_vocab_size"] == 259
     assert metadata["kv_cache"] == {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,

@@ -36,8 +36,8 @@ def test_bundled_model(check: Any, bundled: Path) -> None:
     check(bundled, 200)
 
 
-ROPES = {
-    "default": {"rope_type": "default", "rope_theta": 10000.0},
+ROPES: dict[str, dict[str, Any] | None] = {
+    "default": None,
     "linear": {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0},
     "llama3": {
         "rope_type": "llama3",
@@ -68,7 +68,27 @@ ROPES = {
 @pytest.mark.parametrize("rope", ROPES)
 def test_llama_rope_types(check: Any, checkpoint: Any, rope: str) -> None:
     """Past original_max_position_embeddings, where the types differ."""
-    check(checkpoint("llama", rope_parameters=ROPES[rope]), 200)
+    check(llama(checkpoint, rope), 200)
+
+
+def llama(checkpoint: Any, rope: str) -> Path:
+    """The same weights with every rope type."""
+    parameters = ROPES[rope]
+    return Path(
+        checkpoint("llama", rope_parameters=parameters) if parameters else checkpoint("llama")
+    )
+
+
+@pytest.mark.parametrize("rope", [rope for rope in ROPES if rope != "default"])
+def test_the_rope_types_differ(
+    checkpoint: Any, hugging_face: Any, logits_of: Any, some_ids: Any, tolerance: float, rope: str
+) -> None:
+    """Else a library that ignores the type would pass."""
+    ids = some_ids(200)
+    default, other = (
+        logits_of(hugging_face(llama(checkpoint, name)), ids) for name in ("default", rope)
+    )
+    assert np.abs(default - other).max() > 1000 * tolerance
 
 
 def test_llama_dynamic_rope_at_its_context(check: Any, checkpoint: Any) -> None:
@@ -109,6 +129,17 @@ def test_gpt_neox(check: Any, checkpoint: Any, parallel: bool) -> None:
 def test_mistral_in_one_go(check: Any, checkpoint: Any) -> None:
     """A chunk of five windows."""
     check(checkpoint("mistral"), 120, prefill_chunk=128)
+
+
+def test_a_window_of_one_token_less_differs(
+    checkpoint: Any, hugging_face: Any, logits_of: Any, some_ids: Any, tolerance: float
+) -> None:
+    """The weights are the same, so the comparison above would notice a window off by one."""
+    found = [
+        logits_of(hugging_face(checkpoint("mistral", **sizes)), some_ids(120))
+        for sizes in ({}, {"sliding_window": 23})
+    ]
+    assert np.abs(found[0] - found[1]).max() > 1000 * tolerance
 
 
 def test_mistral_without_a_window(check: Any, checkpoint: Any) -> None:
