@@ -27,6 +27,7 @@ class Plan:
     config: ModelConfig
     scheme: Scheme
     sizes: Sizes
+    active_vocab_size: int | None = None  # ids that the tokenizer has; None: all of vocab_size
 
 
 def weight_specs(plan: Plan) -> tuple[WeightSpec, ...]:
@@ -156,7 +157,7 @@ def _metadata(
         "tensor_parallel_shards": 1,
         "pipeline_parallel_stages": 1,
         "kv_state_kind": "kv_cache",
-        "active_vocab_size": config.vocab_size,
+        "active_vocab_size": plan.active_vocab_size or config.vocab_size,
         "model_task": "chat",
         "params": [
             {
@@ -181,6 +182,7 @@ def _metadata(
             "arch": arch,
             "compute_dtype": dtype,
             "kv_dtype": dtype,
+            "vocab_size": config.vocab_size,
             "page_size": PAGE_SIZE,
             "rope_table_bytes": _rope_table_bytes(plan),
             "slots": slots,

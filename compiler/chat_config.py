@@ -64,12 +64,7 @@ def write_chat_config(
         QccError: no tokenizer.json, a file that is not what it should be, more tokens than
             vocab_size, no room to write.
     """
-    vocabulary = read_vocabulary(source)
-    if vocabulary.size > config.vocab_size:
-        raise QccError(
-            f"{source / 'tokenizer.json'}: token ids up to {vocabulary.size - 1}, but config.json "
-            f"has vocab_size {config.vocab_size}; the tokenizer belongs to another model"
-        )
+    vocabulary = fitting_vocabulary(source, config)
     raw = _read_object(source / "config.json")
     generation = _read_object(source / "generation_config.json")
     special = special_tokens(source, vocabulary, raw, generation)
@@ -133,6 +128,21 @@ class SpecialTokens:
         """All ids that end a text."""
         eos = self.ids["eos_token_id"]
         return list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def fitting_vocabulary(source: Path, config: ModelConfig) -> Vocabulary:
+    """The tokenizer's vocabulary, whose ids the model must have.
+
+    Raises:
+        QccError: no tokenizer.json, not one, or of another model.
+    """
+    vocabulary = read_vocabulary(source)
+    if vocabulary.size > config.vocab_size:
+        raise QccError(
+            f"{source / 'tokenizer.json'}: token ids up to {vocabulary.size - 1}, but config.json "
+            f"has vocab_size {config.vocab_size}; the tokenizer belongs to another model"
+        )
+    return vocabulary
 
 
 def read_vocabulary(source: Path) -> Vocabulary:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qcc.compiler.build import Plan, build_library, weight_specs
-from qcc.compiler.chat_config import write_chat_config
+from qcc.compiler.chat_config import fitting_vocabulary, write_chat_config
 from qcc.compiler.config import read_json
 from qcc.compiler.models import find_architecture
 from qcc.compiler.sizes import SizeFlags, choose_sizes
@@ -68,6 +68,8 @@ def compile_model(
         checkpoint = Checkpoint.open(source, allow_pickle=options.allow_pickle)
         specs = weight_specs(plan)
         check_weights(checkpoint, specs, plan.architecture.ignored)
+        tokens = fitting_vocabulary(source, plan.config).size
+        plan = dataclasses.replace(plan, active_vocab_size=tokens)
         step.note = f"{plan.config.model_type}, {_parameters(specs):,} parameters"
     with checkpoint, ThreadPoolExecutor(1) as pool, _staging(out) as staging:
         source_sum = pool.submit(checksum, source)

@@ -117,7 +117,7 @@ def _sizes(data: dict[str, Any]) -> dict[str, Any]:
     if min(sizes["prefill_chunk_size"], sizes["max_batch_size"]) < 1:
         raise ValueError("prefill_chunk_size or max_batch_size is not positive")
     usage = {str(name): int(size) for name, size in data["memory_usage"].items()}
-    return {**sizes, "vocab_size": int(data["active_vocab_size"]), "memory_usage": usage}
+    return {**sizes, "vocab_size": int(data["qcc"]["vocab_size"]), "memory_usage": usage}
 
 
 def _kv(data: dict[str, Any]) -> dict[str, Any]:
