@@ -126,6 +126,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         self.mod, self.isa, self.multiplied = mod, isa, multiplied
         self.bindings: dict[Any, Any] = {}
         self.packed: dict[Any, list[Any]] = {}
+        self.added: dict[tirx.PrimFunc, Any] = {}  # the builder would hash a kernel every time
 
     def function(self, gv: Any, func: rx.Function) -> None:
         self.bindings, self.packed = {}, {}
@@ -144,6 +145,12 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         rows = self._table_rows(call)
         return rows if rows is not None else super().visit_call_(call)
 
+    def _add(self, func: tirx.PrimFunc, name: str) -> Any:
+        """The GlobalVar of a kernel; the kernels are cached, so the same object means the same."""
+        if func not in self.added:
+            self.added[func] = self.builder_.add_func(func, name)
+        return self.added[func]
+
     def _repacked(self, match: _Linear) -> list[Any]:
         """The repacked parts of a weight, emitted once a function."""
         key = match.parts[0]
@@ -154,7 +161,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
                 zip(match.parts, kinds, strict=True)
             ):
                 func = layout.repack_func(match.format, match.n, match.k, i, self.isa)
-                gv = self.builder_.add_func(func, f"repack_{suffix}")
+                gv = self._add(func, f"repack_{suffix}")
                 out = rx.TensorType(shape, dtype)
                 emitted.append(
                     self.builder_.emit(rx.call_tir(gv, [self.visit_expr(part)], out_ty=out))
@@ -166,7 +173,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         """A norm or bias stored narrower than the graph computes: widened once."""
         (extent,) = (int(d) for d in call.ty.shape)
         func = layout.cast_func(extent, str(call.args[0].ty.dtype), str(call.ty.dtype))
-        gv = self.builder_.add_func(func, "repack_cast")
+        gv = self._add(func, "repack_cast")
         return rx.call_tir(gv, [self.visit_expr(call.args[0])], out_ty=call.ty)
 
     def _linear(self, match: _Linear, x: rx.Expr, ty: Any) -> rx.Expr:
@@ -178,7 +185,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         single = isinstance(rows, tirx.IntImm) and int(rows) == 1
         make = linear.gemv if single else linear.gemm
         func = make(match.format, match.n, match.k, self.isa)
-        gv = self.builder_.add_func(func, "gemv" if single else "gemm")
+        gv = self._add(func, "gemv" if single else "gemm")
         flat = self.builder_.emit(rx.op.reshape(x, (rows, match.k)))
         out = rx.TensorType((rows, match.n), "float32")
         y = self.builder_.emit(rx.call_tir(gv, [flat, *self._repacked(match)], out_ty=out))
@@ -204,6 +211,6 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         n = int(shape[1] if fmt.layout == "KN" and not fmt.is_float else shape[0])
         match = _Linear(fmt, n, k, list(parts))
         func = linear.table_rows(fmt, n, k, self.isa)
-        gv = self.builder_.add_func(func, "table_rows")
+        gv = self._add(func, "table_rows")
         args = [*self._repacked(match), self.visit_expr(ids)]
         return rx.call_tir(gv, args, out_ty=rx.TensorType(call.ty.shape, "float32"))
