@@ -140,6 +140,8 @@ def dequantized(folder: Path, fmt: Format, widths: dict[str, int]) -> dict[str, 
 def parts_of(name: str, config: Any) -> list[tuple[str, Any]]:
     """(Hugging Face's name, its rows in ours) of one of our parameters."""
     heads = config.num_attention_heads
+    if name == "embed_out.weight":
+        return [("lm_head.weight", slice(None))]  # what newer transformers call it in memory
     if "qkv_proj" in name and config.model_type == "gpt_neox":
         size = config.hidden_size // heads
         rows = np.arange(3 * heads * size).reshape(3, heads, size).swapaxes(0, 1)

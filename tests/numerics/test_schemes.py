@@ -39,8 +39,8 @@ def check(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_logits_with_in_dimension_172(check: Any, shared: Path, scheme: str) -> None:
-    check(shared / "models" / "stories260K", scheme)
+def test_logits_with_in_dimension_172(check: Any, checkpoint: Any, scheme: str) -> None:
+    check(checkpoint("llama"), scheme)
 
 
 @pytest.mark.parametrize("scheme", ["q4f16_1", "q3f16_1", "q8f16_1"])
