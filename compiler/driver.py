@@ -6,10 +6,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,8 +17,9 @@ from qcc.compiler.build import Plan, build_library, weight_specs
 from qcc.compiler.chat_config import fitting_vocabulary, write_chat_config
 from qcc.compiler.config import read_json
 from qcc.compiler.models import find_architecture
-from qcc.compiler.sizes import SizeFlags, choose_sizes
-from qcc.compiler.source import checksum, locate
+from qcc.compiler.output_folder import locked, publish, staging
+from qcc.compiler.sizes import SizeFlags, Sizes, choose_sizes
+from qcc.compiler.source import checksum, locate, stamp
 from qcc.compiler.steps import Steps
 from qcc.compiler.weights.checkpoint import Checkpoint
 from qcc.compiler.weights.convert import check_weights, convert_weights
@@ -28,7 +27,7 @@ from qcc.compiler.weights.spec import WeightSpec
 from qcc.quant_schemes.scheme import load_scheme
 from qcc.runtime import artifact
 from qcc.runtime.errors import QccError
-from qcc.runtime.files import cache_dir, os_errors, remove_stale
+from qcc.runtime.files import cache_dir
 from qcc.targets import find_target
 from qcc.targets.spec import BuildOptions
 
@@ -59,41 +58,58 @@ def compile_model(
             what it held before.
     """
     options, steps = options or CompileOptions(), steps or Steps(quiet=True)
-    specs_of_targets = [find_target(name) for name in options.targets]
-    resolved = [spec.resolve(options.build) for spec in specs_of_targets]
+    with locked(out, steps.line):
+        _compile(model, out, options, steps)
+    return out
+
+
+def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> None:
+    """compile_model, the folder being locked."""
+    targets = [find_target(name) for name in options.targets]
+    resolved = [target.resolve(options.build) for target in targets]
     with steps.step("Read the checkpoint") as step:
         source = locate(model, options.allow_pickle)
-        chunks = [target.default_prefill_chunk for target in specs_of_targets]
+        chunks = [target.default_prefill_chunk for target in targets]
         plan = make_plan(source, options, min(chunks, default=DEFAULT_CHUNK))
+        plan = _with_sizes_of(out, plan, options)
         checkpoint = Checkpoint.open(source, allow_pickle=options.allow_pickle)
         specs = weight_specs(plan)
-        check_weights(checkpoint, specs, plan.architecture.ignored)
+        ignored = ignored_tensors(plan)
+        check_weights(checkpoint, specs, ignored)
         tokens = fitting_vocabulary(source, plan.config).size
         plan = dataclasses.replace(plan, active_vocab_size=tokens)
         step.note = f"{plan.config.model_type}, {_parameters(specs):,} parameters"
-    with checkpoint, ThreadPoolExecutor(1) as pool, _staging(out) as staging:
+    with checkpoint, ThreadPoolExecutor(1) as pool, staging(out) as work:
         source_sum = pool.submit(checksum, source)
         before = _check_folder(out, plan, specs, source_sum.result, options.force)
         built = {}
-        for spec, (target, suffix) in zip(specs_of_targets, resolved, strict=True):
-            with steps.step(f"Build the {spec.name} library") as step:
-                path = staging / f"{suffix}.{spec.library_extension}"
-                build_library(plan, specs, spec, options.build, path, options.dump_ir)
-                built[suffix] = path, spec.requires(target)
-                step.note = f"{suffix}, {path.stat().st_size / 1e6:.1f} MB"
+        for target, (machine, name) in zip(targets, resolved, strict=True):
+            with steps.step(f"Build the {target.name} library") as step:
+                path = work / f"{name}.{target.library_extension}"
+                build_library(plan, specs, target, options.build, path, options.dump_ir)
+                built[name] = path, target.requires(machine)
+                step.note = f"{name}, {path.stat().st_size / 1e6:.1f} MB"
         if before is None:
             with steps.step("Convert the weights") as step:
                 progress = partial(steps.progress, "Convert the weights")
-                ignored = plan.architecture.ignored
                 convert_weights(checkpoint, specs, out, progress, ignored)
                 step.note = _weights_note(specs)
         with steps.step("Write the configuration") as step:
             sizes = plan.sizes.as_dict()
             chat = write_chat_config(source, out, plan.config, plan.scheme.name, sizes)
             step.note = str(chat.get("conv_template_note") or "")
-            origin = {"name": source.resolve().name, "sha256": source_sum.result()}
-            _publish(out, plan, origin, specs, before, built)
-    return out
+            manifest = {
+                "source": {
+                    "name": source.resolve().name,
+                    "sha256": source_sum.result(),
+                    "stamp": stamp(source),
+                },
+                "scheme": plan.scheme.name,
+                "method": METHOD,
+                "tensors": _formats(specs),
+                "sizes": sizes,
+            }
+            publish(out, before, built, manifest)
 
 
 def convert_model(
@@ -106,16 +122,24 @@ def convert_model(
 
 def compile_cached(model: str, steps: Steps | None = None) -> Path:
     """Compile with the defaults into the cache, once; returns the artifact folder."""
+    steps = steps or Steps(quiet=True)
     source = locate(model).resolve()
     key = hashlib.sha256(str(source).encode()).hexdigest()[:16]
     out = cache_dir() / "compiled" / f"{source.name}-{key}"
+    if not _is_current(out, source):
+        with locked(out, steps.line):
+            if not _is_current(out, source):  # another process may have compiled it meanwhile
+                _compile(str(source), out, CompileOptions(force=True), steps)
+    return out
+
+
+def _is_current(out: Path, source: Path) -> bool:
+    """Whether `out` is an artifact of the checkpoint as it is now."""
     try:
-        found = artifact.Artifact.open(out).manifest
-        if found.source.get("sha256") == checksum(source):
-            return out
+        origin = artifact.Artifact.open(out).manifest.source
     except QccError:
-        pass  # not there, unfinished, or of another version: compile
-    return compile_model(str(source), out, CompileOptions(force=True), steps)
+        return False  # not there, unfinished, or of another version
+    return origin.get("stamp") == stamp(source) or origin.get("sha256") == checksum(source)
 
 
 def make_plan(source: Path, options: CompileOptions, default_chunk: int) -> Plan:
@@ -132,6 +156,27 @@ def make_plan(source: Path, options: CompileOptions, default_chunk: int) -> Plan
         load_scheme(options.quant),
         choose_sizes(config, options.sizes, default_chunk),
     )
+
+
+def ignored_tensors(plan: Plan) -> tuple[str, ...]:
+    """Wildcards of source tensors that no weight is made of, harmlessly.
+
+    A tied model saved by torch holds its lm_head as well: the embedding once more.
+    """
+    architecture = plan.architecture
+    tied = (architecture.lm_head,) if plan.config.tie_word_embeddings else ()
+    return (*architecture.ignored, *tied)
+
+
+def _with_sizes_of(out: Path, plan: Plan, options: CompileOptions) -> Plan:
+    """Where no size is asked for, a library that is added takes those of its folder."""
+    if options.force or options.sizes != SizeFlags() or not (out / artifact.QCC_JSON).exists():
+        return plan
+    try:
+        sizes = Sizes(**artifact.read_manifest(out)["sizes"])
+    except (KeyError, TypeError):
+        return plan  # `_check_folder` says what is wrong with it
+    return dataclasses.replace(plan, sizes=sizes)
 
 
 def _parameters(specs: Sequence[WeightSpec]) -> int:
@@ -173,6 +218,7 @@ def _check_folder(
         return None
     found = artifact.read_manifest(out)
     artifact.check_versions(found, out)
+    artifact.Artifact.open(out)  # every field of its kind
     for key, old, new in (
         ("checkpoint", found.get("source", {}).get("sha256"), source_sum()),
         ("scheme", found.get("scheme"), plan.scheme.name),
@@ -186,51 +232,3 @@ def _check_folder(
                 "folder with -o, or replace it with --force"
             )
     return found
-
-
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder inside `out` for what is under way; gone afterwards, as is `out` if it is empty."""
-    if out.exists() and not out.is_dir():
-        raise QccError(f"-o {out}: that is a file; give a folder")
-    staging = out / ".building"
-    with os_errors(out, "write"):
-        out.mkdir(parents=True, exist_ok=True)
-        remove_stale(out)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not any(out.iterdir()):
-            out.rmdir()
-
-
-def _publish(
-    out: Path,
-    plan: Plan,
-    source: Mapping[str, str],
-    specs: Sequence[WeightSpec],
-    before: Mapping[str, Any] | None,
-    built: Mapping[str, tuple[Path, Mapping[str, Any]]],
-) -> None:
-    """Move the libraries to their places and write qcc.json last: only then the folder loads."""
-    libraries = dict(before["libraries"]) if before else {}
-    if before is None:
-        (out / artifact.QCC_JSON).unlink(missing_ok=True)
-        shutil.rmtree(out / "lib", ignore_errors=True)
-    for suffix, (path, requires) in built.items():
-        (out / "lib").mkdir(exist_ok=True)
-        final = out / "lib" / path.name
-        path.replace(final)
-        libraries[suffix] = artifact.library_entry(out, final, requires)
-    manifest = {
-        "source": source,
-        "scheme": plan.scheme.name,
-        "method": METHOD,
-        "tensors": _formats(specs),
-        "sizes": plan.sizes.as_dict(),
-        "libraries": libraries,
-    }
-    artifact.write_manifest(out, manifest)

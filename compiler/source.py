@@ -48,13 +48,30 @@ def _download(model: str, allow_pickle: bool) -> Path:
         ) from err
 
 
+def source_files(folder: Path) -> list[Path]:
+    """config.json and every weight file of a checkpoint."""
+    found = [folder / "config.json"]
+    for pattern in WEIGHT_FILES:
+        found += sorted(folder.glob(pattern))
+    return found
+
+
+def stamp(folder: Path) -> list[list[str | int]]:
+    """[name, bytes, time of change in ns] of every source file: the same, the same checksum."""
+    found: list[list[str | int]] = []
+    for path in source_files(folder):
+        try:
+            stat = path.stat()
+        except OSError as err:
+            raise QccError(f"{path}: {err.strerror}") from err
+        found.append([path.name, stat.st_size, stat.st_mtime_ns])
+    return found
+
+
 def checksum(folder: Path) -> str:
     """sha256 over config.json and every weight file, names and contents."""
     digest = hashlib.sha256()
-    files = [folder / "config.json"]
-    for pattern in WEIGHT_FILES:
-        files += sorted(folder.glob(pattern))
-    for path in files:
+    for path in source_files(folder):
         digest.update(path.name.encode())
         try:
             with path.open("rb") as stream:

@@ -65,11 +65,15 @@ def run(args: argparse.Namespace) -> int:
 
     from qcc.compiler.driver import compile_model
     from qcc.compiler.steps import Steps
+    from qcc.runtime.errors import QccError
     from qcc.targets.spec import BuildOptions
 
+    targets = tuple(name.strip() for name in args.target.split(",") if name.strip())
+    if not targets:
+        raise QccError("--target: no target named (qcc list targets)")
     options = model_options(
         args,
-        targets=tuple(name.strip() for name in args.target.split(",") if name.strip()),
+        targets=targets,
         build=BuildOptions(args.mcpu, args.triple, int(args.opt[1:])),
         dump_ir=Path(args.dump_ir) if args.dump_ir else None,
     )
