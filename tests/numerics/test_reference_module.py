@@ -106,10 +106,10 @@ def test_logits(
 def test_optimization_levels_agree(
     reference: Any, compiled: Any, folder: Path, some_ids: Any, same_library: float
 ) -> None:
-    """O0 has generic schedules, O1 our kernels, O2 fusion: the same numbers as the reference."""
+    """O0 has generic schedules, O2 our kernels and fusion: the same numbers as the reference."""
     ids = some_ids(40)
     expected = logits(reference, ids)
-    for opt in (0, 1, 2):
+    for opt in (0, 2):
         found = compiled(folder, reference.scheme, opt=opt).logits(ids)
         np.testing.assert_allclose(found, expected, rtol=0, atol=same_library, err_msg=f"O{opt}")
 

@@ -14,6 +14,8 @@ CASES = {
     # Windows of 24 tokens on pages of 16, in chunks of up to five windows.
     "sliding window": ("mistral", {}, "q0f32", {"prefill_chunk": 128}),
 }
+# TVM's KV cache forks a sequence with a sliding window only within its attention sink.
+FORKING = ["llama", "4 bits"]
 
 
 class Runs:
@@ -50,14 +52,6 @@ def runs(request: Any, compiled: Any, checkpoint: Any) -> Iterator[Runs]:
     llm.model.cache.clear()
     yield Runs(llm)
     llm.model.cache.clear()
-
-
-@pytest.fixture
-def forking(runs: Runs) -> Runs:
-    """TVM forks a sequence with a sliding window only within its attention sink."""
-    if runs.llm.limits.window is not None:
-        pytest.skip("TVM's KV cache does not fork sequences with a sliding window")
-    return runs
 
 
 @pytest.fixture
@@ -147,36 +141,38 @@ def test_removal_leaves_the_others(
     same(runs.verify(kept, ids[70:]), whole[70:])
 
 
-def test_forks_leave_the_others(forking: Runs, ids: list[int], some_ids: Any, same: Any) -> None:
+@pytest.mark.parametrize("runs", FORKING, indirect=True)
+def test_forks_leave_the_others(runs: Runs, ids: list[int], some_ids: Any, same: Any) -> None:
     """Parent and child share a prefix, go apart, and the parent may go."""
     prefix, left, right = ids[:21], some_ids(20, seed=8)[1:], some_ids(20, seed=9)[1:]
     expected = []
     for tail in (left, right):
-        seq = forking.new()
-        expected.append(forking.verify(seq, prefix + tail)[len(prefix) :])
-        forking.model.remove_sequence(seq)
-    parent = forking.new()
-    forking.prefill([parent], [prefix])
-    child = forking.fork(parent)
-    same(forking.verify(parent, left[:10]), expected[0][:10])
-    same(forking.verify(child, right[:10]), expected[1][:10])
-    same(forking.verify(parent, left[10:]), expected[0][10:])
-    forking.model.remove_sequence(parent)
-    same(forking.verify(child, right[10:]), expected[1][10:])
+        seq = runs.new()
+        expected.append(runs.verify(seq, prefix + tail)[len(prefix) :])
+        runs.model.remove_sequence(seq)
+    parent = runs.new()
+    runs.prefill([parent], [prefix])
+    child = runs.fork(parent)
+    same(runs.verify(parent, left[:10]), expected[0][:10])
+    same(runs.verify(child, right[:10]), expected[1][:10])
+    same(runs.verify(parent, left[10:]), expected[0][10:])
+    runs.model.remove_sequence(parent)
+    same(runs.verify(child, right[10:]), expected[1][10:])
 
 
-def test_fork_of_a_part(forking: Runs, ids: list[int], some_ids: Any, same: Any) -> None:
+@pytest.mark.parametrize("runs", FORKING, indirect=True)
+def test_fork_of_a_part(runs: Runs, ids: list[int], some_ids: Any, same: Any) -> None:
     """A child of the first 11 tokens, in the midst of a page."""
     tail = some_ids(13, seed=10)[1:]
-    alone = forking.new()
-    expected = forking.verify(alone, ids[:11] + tail)[11:]
-    forking.model.remove_sequence(alone)
-    parent = forking.new()
-    before = forking.verify(parent, ids[:20])
-    child = forking.fork(parent, 11)
-    same(forking.verify(child, tail), expected)
-    again = forking.new()
-    same(forking.verify(again, ids[:20]), before)
+    alone = runs.new()
+    expected = runs.verify(alone, ids[:11] + tail)[11:]
+    runs.model.remove_sequence(alone)
+    parent = runs.new()
+    before = runs.verify(parent, ids[:20])
+    child = runs.fork(parent, 11)
+    same(runs.verify(child, tail), expected)
+    again = runs.new()
+    same(runs.verify(again, ids[:20]), before)
 
 
 def test_popped_tokens_are_forgotten(
