@@ -7,6 +7,7 @@ library, so whoever calls checks tokens, batch and pages first.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -40,13 +41,13 @@ class Library:
         self.ffi = tvm_runtime.load()
         try:
             # Kept: the functions live in the module's code.
-            self._module = self.ffi.load_module(str(path))
+            self._module = _load_module(self.ffi, path)
             self.vm = self._module["vm_load_executable"]()
             self.vm["vm_initialization"](tvm_runtime.KDL_CPU, 0, POOLED_ALLOCATOR)
             text = str(self.vm["_metadata"]())
         except (AttributeError, RuntimeError, OSError, ValueError) as err:
             raise QccError(
-                f"{path}: does not load ({_first_line(err)}); compile the model on or for this "
+                f"{path}: does not load ({_last_line(err)}); compile the model on or for this "
                 "machine (qcc compile --target cpu)"
             ) from err
         self.metadata = Metadata.parse(text, str(path))
@@ -158,6 +159,23 @@ def total_pages(meta: Metadata, max_batch_size: int, total_tokens: int) -> int:
     return math.ceil(total_tokens / meta.page_size) + 1 + sliding
 
 
-def _first_line(err: Exception) -> str:
+def _load_module(ffi: Any, path: Path) -> Any:
+    """The module in the file that is at `path` now, whatever this process loaded from there before.
+
+    dlopen hands out again what it loaded under the same name, so each state of a file gets a name
+    of its own: a link, needed only while it loads. A file that is loaded keeps its inode.
+    """
+    state = path.stat()
+    with tempfile.TemporaryDirectory(prefix="qcc-") as folder:
+        link = Path(folder) / f"{state.st_ino}-{state.st_mtime_ns}{path.suffix}"
+        link.symlink_to(path.resolve())
+        try:
+            return ffi.load_module(str(link))
+        except RuntimeError as err:
+            raise OSError(_last_line(err).replace(str(link), str(path))) from err
+
+
+def _last_line(err: Exception) -> str:
+    """The last line of a message: TVM's begin with a traceback of their own."""
     lines = [line for line in str(err).splitlines() if line.strip()]
     return lines[-1] if lines else type(err).__name__
