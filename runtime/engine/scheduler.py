@@ -114,6 +114,10 @@ class Scheduler:
     def forget(self, session: Session) -> None:
         """Free what an idle session holds in the cache."""
         assert not session.busy, "the session's request must end first"
+        self._drop(session)
+
+    def _drop(self, session: Session) -> None:
+        """Free a sequence that no running request uses; the session's next one may be waiting."""
         if session in self._idle:
             self._idle.remove(session)
         if session.seq is not None:
@@ -183,7 +187,7 @@ class Scheduler:
                 return True
             if not others:
                 return False
-            self.forget(others.pop(0))
+            self._drop(others.pop(0))
 
     def _place(self, request: Request, pages: int) -> None:
         session = request.session

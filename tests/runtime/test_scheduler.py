@@ -292,6 +292,25 @@ def test_idle_sessions_give_way() -> None:
     assert len(model.cache) == 2
 
 
+def test_an_idle_session_gives_way_while_its_next_request_waits() -> None:
+    """The request of the session then computes its whole prompt again."""
+    model = NumpyModel(max_batch_size=1)
+    scheduler, session = Scheduler(model), Session()
+    scheduler.submit(request([BOS, 1, 2], model, session))
+    while scheduler.busy:
+        scheduler.step()
+    first, second = request([5, 6], model), request([BOS, 1, 2, 3], model, session)
+    scheduler.submit(first)
+    scheduler.submit(second)
+    while scheduler.busy:
+        scheduler.step()
+    fresh = NumpyModel()
+    for one, prompt in ((first, [5, 6]), (second, [BOS, 1, 2, 3])):
+        assert one.result().token_ids == run(fresh, [request(prompt, fresh)])[0].token_ids
+        assert one.result().cached_tokens == 0
+    assert (list(model.cache), session.busy) == ([session.seq], False)
+
+
 def test_cancelled_requests_leave_no_trace() -> None:
     model = NumpyModel()
     scheduler = Scheduler(model)
