@@ -77,10 +77,16 @@ def default_threads() -> int:
     """Physical cores that this process may use; a container's CPU quota counts."""
     import psutil
 
-    affinity = getattr(os, "sched_getaffinity", None)
-    usable = len(affinity(0)) if affinity else os.cpu_count() or 1
+    usable = _usable_cpus()
     cores = min(psutil.cpu_count(logical=False) or usable, usable)
     return max(1, min(cores, _quota() or cores))
+
+
+@cache
+def _usable_cpus() -> int:
+    """Logical CPUs open to this process; asked once, as TVM binds the thread that calls it."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _quota() -> int | None:
@@ -92,27 +98,55 @@ def _quota() -> int | None:
         return None  # "max", or no control group
 
 
+class _Variable:
+    """$TVM_NUM_THREADS: the user's word, and what we write there for TVM to read."""
+
+    NAME = "TVM_NUM_THREADS"
+
+    def __init__(self) -> None:
+        self.written: str | None = None
+        self.own = 0
+
+    def said(self) -> int:
+        """The user's value, also after we wrote another; 0: none."""
+        found = os.environ.get(self.NAME, "")
+        if found != self.written:
+            self.own = int(found) if found.isdigit() else 0
+        return self.own
+
+    def write(self, threads: int) -> None:
+        """Set it for TVM, and know it again."""
+        self.written = os.environ[self.NAME] = str(threads)
+
+
+_VARIABLE = _Variable()
+
+
 def set_threads(threads: int | None) -> int:
-    """Fix the number of threads of TVM's pool; returns it. Call before the first kernel runs.
+    """Fix the number of threads of TVM's pool, one for all models; returns what the pool has.
 
     None: $TVM_NUM_THREADS, else the physical cores. TVM on its own takes half of the logical ones.
-    A pool that runs already can shrink, not grow.
+    A pool can shrink, not grow: it is made for the default at least, and where it ran before the
+    first call with fewer threads it keeps those.
 
     Raises:
         QccError: not a positive number.
     """
-    if threads is None:
-        said = os.environ.get("TVM_NUM_THREADS", "")
-        threads = int(said) if said.isdigit() and int(said) > 0 else default_threads()
-    if threads < 1:
+    if threads is not None and threads < 1:
         raise QccError(f"--threads {threads}: must be 1 or more")
-    os.environ["TVM_NUM_THREADS"] = str(threads)
-    affinity = getattr(os, "sched_getaffinity", None)
-    if affinity and len(affinity(0)) < (os.cpu_count() or 1):
+    default = _VARIABLE.said() or default_threads()
+    threads = threads or default
+    if _usable_cpus() < (os.cpu_count() or 1):
         # TVM binds worker i to core i, which may be one that we must not use.
         os.environ.setdefault("TVM_BIND_THREADS", "0")
+    configure = global_function("runtime.config_threadpool")
     big_cores = 1
-    global_function("runtime.config_threadpool")(big_cores, threads)
+    # TVM reads the variable when it makes the pool, and again at every launch.
+    _VARIABLE.write(max(threads, default))
+    configure(big_cores, threads)
+    threads = int(global_function("runtime.NumThreads")())
+    _VARIABLE.write(threads)
+    configure(big_cores, threads)  # binds the calling thread to the cores of these threads
     return threads
 
 

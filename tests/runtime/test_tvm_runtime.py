@@ -73,6 +73,23 @@ def test_threads(tmp_path: Path) -> None:
         tvm_runtime.set_threads(0)
 
 
+@pytest.mark.parametrize(("variable", "expected"), [("3", [1, 3, 2, 3, 3]), ("", None)])
+def test_threads_of_one_model_are_not_the_default_of_the_next(
+    tmp_path: Path, variable: str, expected: list[int] | None
+) -> None:
+    """And a pool that is too small for what was asked says what it has."""
+    code = f"""{LOAD}
+print(tvm_runtime.default_threads())
+pool = tvm_runtime.global_function("runtime.NumThreads")
+for wanted in (1, None, 2, None, 64):
+    got = tvm_runtime.set_threads(wanted)
+    assert got == pool(), (got, pool())
+    print(got)
+"""
+    default, *got = map(int, run(code, tmp_path, TVM_NUM_THREADS=variable).split())
+    assert got == (expected or [1, default, min(2, default), default, default])
+
+
 def test_a_function_that_tvm_lacks_is_an_error() -> None:
     with pytest.raises(QccError, match=r"no function 'vm\.builtin\.nothing'"):
         tvm_runtime.global_function("vm.builtin.nothing")
