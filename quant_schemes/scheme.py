@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,6 +22,7 @@ from qcc.quant_schemes.errors import SchemeError, did_you_mean
 SCHEME_DIR = Path(__file__).parent / "schemes"
 FLOAT_DTYPES = {"float32": 32, "float16": 16, "bfloat16": 16}
 CODE_BITS = (3, 4, 8)
+MAX_GROUP = 65536  # more than any row of a released model has
 # Never quantized, whatever a rule says: their bytes are few and their errors are not.
 FLOATING_SUFFIXES = (".bias",)
 
@@ -60,6 +62,8 @@ class WeightFormat:
                 f"format: group {self.group} is not a multiple of the {self.codes_per_word} codes "
                 f"of {self.bits} bits in a word"
             )
+        if self.group > MAX_GROUP:
+            raise SchemeError(f"format: group {self.group}; the largest is {MAX_GROUP}")
         if self.layout not in ("NK", "KN"):
             raise SchemeError(f"format: layout {self.layout!r} is not one of NK, KN")
 
@@ -207,8 +211,9 @@ def load_scheme(name_or_path: str) -> Scheme:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as err:
         raise SchemeError(f"--quant: cannot read {path}: {err.strerror}") from err
-    except (yaml.YAMLError, UnicodeDecodeError) as err:
-        first = str(err).splitlines()[0]
+    except (yaml.YAMLError, ValueError, RecursionError) as err:
+        # ValueError: not UTF-8, a date 2001-99-99, an integer of 5000 digits.
+        first = (str(err).splitlines() or [type(err).__name__])[0]
         raise SchemeError(f"--quant: {path} is not readable as YAML: {first}") from err
     return parse_scheme(path.stem, data, where=str(path))
 
@@ -219,15 +224,15 @@ def parse_scheme(name: str, data: Any, where: str) -> Scheme:
         raise SchemeError(f"{where}: a scheme is a mapping with the keys {sorted(_SCHEME_KEYS)}")
     _check_keys(data, _SCHEME_KEYS, where)
     dtype = data.get("dtype")
-    if dtype not in FLOAT_DTYPES:
-        raise SchemeError(f"{where}: dtype is {dtype!r}, allowed: {', '.join(FLOAT_DTYPES)}")
+    if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
+        raise SchemeError(f"{where}: dtype is {_shown(dtype)}, allowed: {', '.join(FLOAT_DTYPES)}")
     linear = _parse_format(data.get("linear", "float"), dtype, f"{where}: linear")
     rules = data.get("rules", {})
     if not isinstance(rules, dict):
         raise SchemeError(f"{where}: rules maps wildcards on weight names to formats")
     parsed = [
-        (str(pattern), _parse_format(value, dtype, f"{where}: rules[{pattern}]"))
-        for pattern, value in rules.items()
+        (_pattern(key, where), _parse_format(value, dtype, f"{where}: rules[{_shown(key)}]"))
+        for key, value in rules.items()
     ]
     return Scheme(
         name=name,
@@ -241,9 +246,9 @@ def parse_scheme(name: str, data: Any, where: str) -> Scheme:
 def _check_keys(data: dict[Any, Any], known: set[str], where: str) -> None:
     for key in data:
         if key not in known:
+            hint = did_you_mean(key, known) if isinstance(key, str) else ""
             raise SchemeError(
-                f"{where}: unknown key {key!r}{did_you_mean(str(key), known)}; "
-                f"allowed: {', '.join(sorted(known))}"
+                f"{where}: unknown key {_shown(key)}{hint}; allowed: {', '.join(sorted(known))}"
             )
 
 
@@ -253,13 +258,35 @@ def _parse_format(value: Any, dtype: str, where: str) -> WeightFormat:
         return WeightFormat(FLOAT_DTYPES[dtype], dtype)
     if not isinstance(value, dict):
         raise SchemeError(
-            f"{where}: {value!r} is neither 'float' nor a mapping bits, group, layout"
+            f"{where}: {_shown(value)} is neither 'float' nor a mapping bits, group, layout"
         )
     _check_keys(value, _FORMAT_KEYS, where)
     for key in ("bits", "group"):
-        if not isinstance(value.get(key), int) or isinstance(value.get(key), bool):
-            raise SchemeError(f"{where}: {key} is {value.get(key)!r}, it must be a whole number")
+        number = value.get(key)
+        if type(number) is not int or abs(number) > MAX_GROUP:
+            raise SchemeError(
+                f"{where}: {key} is {_shown(number)}, it must be a whole number, at most "
+                f"{MAX_GROUP}"
+            )
+    layout = value.get("layout", "NK")
+    if not isinstance(layout, str):
+        raise SchemeError(f"{where}: layout {_shown(layout)} is not one of NK, KN")
     try:
-        return WeightFormat(value["bits"], dtype, value["group"], value.get("layout", "NK"))
+        return WeightFormat(value["bits"], dtype, value["group"], layout)
     except SchemeError as err:
         raise SchemeError(f"{where}: {err}") from err
+
+
+def _pattern(key: Any, where: str) -> str:
+    if not isinstance(key, str):
+        raise SchemeError(f"{where}: rules[{_shown(key)}] is no wildcard on weight names")
+    return key
+
+
+def _shown(value: Any) -> str:
+    """A value as an error quotes it: one short line, also of a YAML that nests by aliases."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        text = "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -41,6 +41,12 @@ def test_stored_shapes_at_a_tail() -> None:
     assert WeightFormat(16, "bfloat16").stored(2, 3)[0].nbytes == 12
 
 
+def test_the_largest_group() -> None:
+    assert WeightFormat(4, "float16", 65536).num_groups(100) == 1
+    with pytest.raises(SchemeError, match="group 65544; the largest is 65536"):
+        WeightFormat(4, "float16", 65544)
+
+
 @pytest.mark.parametrize("fmt", [WeightFormat(4, "float16", 32, "KN"), WeightFormat(32, "float32")])
 def test_a_format_survives_its_dict(fmt: WeightFormat) -> None:
     assert WeightFormat.from_dict(fmt.as_dict()) == fmt
@@ -73,6 +79,16 @@ def test_the_first_rule_that_matches_wins() -> None:
             {"dtype": "float16", "linear": {"bits": 4, "group": 32, "layout": "NN"}},
             "layout 'NN' is not one of NK, KN",
         ),
+        ({"dtype": ["a"]}, "dtype is ['a'], allowed"),
+        ({"dtype": "float16", "linear": {"bits": 4, "group": 10**33}}, "group is 1000"),
+        ({"dtype": "float16", "linear": {"bits": 4, "group": 16**9000}}, "group is a huge number"),
+        ({"dtype": "float16", "linear": {"bits": 4, "group": 2.0}}, "group is 2.0, it must be a"),
+        ({"dtype": "float16", "linear": {"bits": True, "group": 32}}, "bits is True, it must be"),
+        ({"dtype": "float16", "linear": {"bits": 4, "group": 32, "layout": [1]}}, "layout [1] is"),
+        ({"dtype": "float16", "rules": {16**9000: "float"}}, "rules[a huge number] is no wildcard"),
+        ({"dtype": "float16", "rules": {"a\nb": 3}}, "rules['a\\nb']: 3 is neither"),
+        ({"dtype": "float16", 16**9000: 1}, "unknown key a huge number; allowed"),
+        ({"dtype": "x" * 9999}, "xxx...xxx"),
     ],
 )
 def test_a_wrong_scheme_is_one_line(data: object, text: str) -> None:
@@ -91,6 +107,18 @@ def test_wrong_names_and_files(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("a: [")
     with pytest.raises(SchemeError, match="is not readable as YAML"):
+        load_scheme(str(bad))
+    for text in ("x: 2001-99-99", "x: " + "9" * 5000, "x: " + "[" * 5000, "x: 0b", "x: !!set"):
+        bad.write_text(text)
+        with pytest.raises(SchemeError) as caught:
+            load_scheme(str(bad))
+        assert str(bad) in str(caught.value) and "\n" not in str(caught.value)
+    bomb = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
+    bad.write_text("\n".join([*bomb, "dtype: *a39"]))
+    with pytest.raises(SchemeError, match="unknown key 'a0'"):
+        load_scheme(str(bad))
+    bad.write_text("\n".join(["description:", *(f"  {line}" for line in bomb), "dtype: *a39"]))
+    with pytest.raises(SchemeError, match="dtype is "):
         load_scheme(str(bad))
     good = tmp_path / "mine.yaml"
     good.write_text("dtype: float32\nlinear: {bits: 3, group: 40, layout: KN}\n")
