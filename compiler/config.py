@@ -27,8 +27,37 @@ HARMLESS_KEYS = frozenset(
     _attn_implementation_autoset tokenizer_class finetuning_task cross_attention_hidden_size
     add_cross_attention is_encoder_decoder tie_encoder_decoder pruned_heads
     keys_to_ignore_at_inference
+    is_llama_config transformers.js_config unsloth_fixed unsloth_version max_sequence_length
+    tokenizer_model_max_length tokenizer_padding_side
     """.split()
 )
+# Switches that some checkpoints write down although they are off; any other value is refused.
+HARMLESS_AT: dict[str, Any] = {
+    "use_mrope": False,  # DeepSeek-R1-Distill-Qwen
+    "rope_interleaved": False,  # SmolLM2
+    "attention_bias": False,  # architectures without these biases do not read the key
+    "mlp_bias": False,
+}
+QUANTIZED_KEYS = ("quantization_config", "compression_config")
+
+# Far above every released model. Each number sizes a loop or an array of the compiler, which
+# would otherwise hang or overflow long before the weights are found not to fit.
+INT32_MAX = 2**31 - 1
+MAXIMA = {
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": 4096,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "vocab_size": 2**24,
+}
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it: one line, and short however long the value."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class ConfigReader:
@@ -46,11 +75,13 @@ class ConfigReader:
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        """A whole number >= `minimum`."""
+        """A whole number from `minimum` to what MAXIMA says of `key` (else to int32's end)."""
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        maximum = MAXIMA.get(key, INT32_MAX)
+        if type(value) is not int or not minimum <= value <= maximum:
             raise QccError(
-                f"{self.where}: {key} is {value!r}, it must be a whole number >= {minimum}"
+                f"{self.where}: {key} is {shown(value)}, it must be a whole number from "
+                f"{minimum} to {maximum}"
             )
         return value
 
@@ -58,14 +89,14 @@ class ConfigReader:
         """A finite positive number."""
         value = self.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e30:
-            raise QccError(f"{self.where}: {key} is {value!r}, it must be a positive number")
+            raise QccError(f"{self.where}: {key} is {shown(value)}, it must be a positive number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise QccError(f"{self.where}: {key} is {value!r}, it must be true or false")
+            raise QccError(f"{self.where}: {key} is {shown(value)}, it must be true or false")
         return value
 
     def choice(self, key: str, allowed: tuple[str, ...], default: str | None = None) -> str:
@@ -73,19 +104,29 @@ class ConfigReader:
         value = self.get(key, default)
         if value not in allowed:
             raise QccError(
-                f"{self.where}: {key} {value!r} is not supported; supported: {', '.join(allowed)}"
+                f"{self.where}: {key} {shown(value)} is not supported; "
+                f"supported: {', '.join(allowed)}"
             )
         return str(value)
 
     def finish(self) -> None:
         """Refuse every key that was neither read nor is known to be harmless."""
+        for key in QUANTIZED_KEYS:
+            if self.raw.get(key):
+                raise QccError(
+                    f"{self.where}: it has a {key}: an already quantized checkpoint is not "
+                    "supported yet; compile the float checkpoint that it was made from"
+                )
         for key, value in self.raw.items():
             if key in self._read or key in HARMLESS_KEYS or value is None or value == {}:
                 continue
+            # `is`, as 0 and 0.0 equal False in Python.
+            if key in HARMLESS_AT and value is HARMLESS_AT[key]:
+                continue
             hint = did_you_mean(key, self._read)
             raise QccError(
-                f"{self.where}: unknown key {key!r} = {str(value)[:60]}{hint}; it may change the "
-                "numbers, so it is refused; remove it if it does not"
+                f"{self.where}: unknown key {shown(key)} = {shown(value)}{hint}; it may change "
+                "the numbers, so it is refused; remove it if it does not"
             )
 
 
@@ -140,15 +181,23 @@ def read_json(path: Path) -> Any:
         raise QccError(f"{path}: no such file; a checkpoint folder has a {path.name}") from err
     except OSError as err:
         raise QccError(f"{path}: {err.strerror}") from err
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:  # ValueError alone: an integer of 5000 digits
         raise QccError(f"{path}: not valid JSON: {err}") from err
 
 
-def attention_heads(reader: ConfigReader) -> tuple[int, int, int, int]:
-    """hidden_size, num_attention_heads, num_key_value_heads and head_dim, checked together."""
+def attention_heads(
+    reader: ConfigReader, default_kv_heads: int | None = None
+) -> tuple[int, int, int, int]:
+    """hidden_size, num_attention_heads, num_key_value_heads and head_dim, checked together.
+
+    `default_kv_heads` is what transformers takes where the key is absent (None: as many as
+    heads); null there always means as many as heads.
+    """
     hidden = reader.integer("hidden_size")
     heads = reader.integer("num_attention_heads")
-    kv_heads = reader.integer("num_key_value_heads", heads)
+    absent = "num_key_value_heads" not in reader.raw
+    kv_default = default_kv_heads if absent and default_kv_heads is not None else heads
+    kv_heads = reader.integer("num_key_value_heads", kv_default)
     explicit = reader.get("head_dim")
     if explicit is None and hidden % heads:
         raise QccError(

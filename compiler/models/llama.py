@@ -22,12 +22,22 @@ from qcc.compiler.models.rope import rope_from_hf
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def read_common(reader: ConfigReader, **switches: Any) -> ModelConfig:
-    """The fields that Llama and its relatives share; `switches` are those that differ."""
-    hidden, heads, kv_heads, head_dim = attention_heads(reader)
-    positions = reader.integer("max_position_embeddings", 2048)
+def read_common(
+    reader: ConfigReader,
+    model_type: str,
+    *,
+    default_positions: int,
+    default_kv_heads: int | None = None,
+    **switches: Any,
+) -> ModelConfig:
+    """The fields that Llama and its relatives share; `switches` are those that differ.
+
+    The defaults are those of transformers' config class of `model_type`.
+    """
+    hidden, heads, kv_heads, head_dim = attention_heads(reader, default_kv_heads)
+    positions = reader.integer("max_position_embeddings", default_positions)
     config = ModelConfig(
-        model_type=str(reader.get("model_type", "llama")),
+        model_type=model_type,
         hidden_size=hidden,
         intermediate_size=reader.integer("intermediate_size"),
         num_hidden_layers=reader.integer("num_hidden_layers"),
@@ -50,7 +60,14 @@ def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """config.json of a LlamaForCausalLM."""
     reader = ConfigReader(raw, where)
     bias = reader.flag("attention_bias", False)
-    return read_common(reader, qkv_bias=bias, o_bias=bias, mlp_bias=reader.flag("mlp_bias", False))
+    return read_common(
+        reader,
+        "llama",
+        default_positions=2048,
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=reader.flag("mlp_bias", False),
+    )
 
 
 class DecoderLayer(nn.Module):  # type: ignore[misc]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qcc.compiler.config import ConfigReader, RopeConfig
+from qcc.compiler.config import ConfigReader, RopeConfig, shown
 from qcc.runtime.errors import QccError
 
 # Keys of each type besides rope_type and rope_theta: required, then optional.
@@ -36,7 +36,8 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
     ),
 }
-_ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_BESIDE = {"rope_theta", "partial_rotary_factor"}
+_ALWAYS = ("rope_type", *_BESIDE)
 
 
 def rope_from_hf(
@@ -48,36 +49,38 @@ def rope_from_hf(
     partial_default: float = 1.0,
 ) -> RopeConfig:
     """Read the rope keys of a config; an unknown type or key is refused by name."""
-    scaling = reader.get("rope_parameters") or reader.get("rope_scaling") or {}
-    reader.get("rope_scaling")
+    scaling = _scaling(reader)
     where = f"{reader.where}: rope_scaling"
-    if not isinstance(scaling, dict):
-        raise QccError(f"{where} is {scaling!r}, it must be a mapping")
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    rope_type = scaling.get("rope_type", "default")
     if not isinstance(rope_type, str) or rope_type not in _KEYS:
         raise QccError(
-            f"{reader.where}: rope type {rope_type!r} is not supported; "
+            f"{reader.where}: rope type {shown(rope_type)} is not supported; "
             f"supported: {', '.join(_KEYS)}"
         )
     required, optional = _KEYS[rope_type]
     for key in scaling:
         if key not in (*required, *optional, *_ALWAYS):
-            raise QccError(f"{where}: unknown key {key!r} for rope type {rope_type!r}")
+            raise QccError(f"{where}: unknown key {shown(key)} for rope type {rope_type!r}")
     for key in required:
         if scaling.get(key) is None:
             raise QccError(f"{where}: rope type {rope_type!r} needs {key}")
-    theta = scaling.get("rope_theta", reader.get(theta_key, 10000.0))
-    partial = scaling.get("partial_rotary_factor", reader.get(partial_key, partial_default))
+    theta = _within_or_beside(reader, scaling, "rope_theta", theta_key, 10000.0)
+    partial = _within_or_beside(
+        reader, scaling, "partial_rotary_factor", partial_key, partial_default
+    )
     values: dict[str, Any] = {
         key: scaling[key] for key in (*required, *optional) if scaling.get(key) is not None
     }
     for key, value in [("rope_theta", theta), (partial_key, partial), *values.items()]:
-        if key != "truncate" and (
-            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12
-        ):
-            raise QccError(f"{where}: {key} is {value!r}, it must be a positive number")
+        # The least keeps every quotient of two of them finite.
+        if key != "truncate" and (type(value) not in (int, float) or not 1e-6 <= value < 1e12):
+            raise QccError(f"{where}: {key} is {shown(value)}, it must be a positive number")
+    if theta <= 1:  # no frequency would fall, and yarn divides by its logarithm
+        raise QccError(f"{where}: rope_theta is {theta!r}, it must be above 1")
     if not isinstance(values.get("truncate", True), bool):
-        raise QccError(f"{where}: truncate is {values['truncate']!r}, it must be true or false")
+        raise QccError(
+            f"{where}: truncate is {shown(values['truncate'])}, it must be true or false"
+        )
     if rope_type == "llama3" and values["low_freq_factor"] >= values["high_freq_factor"]:
         raise QccError(f"{where}: low_freq_factor must be below high_freq_factor")
     rotary_dim = int(head_dim * partial)
@@ -91,6 +94,53 @@ def rope_from_hf(
         values["original_max_position_embeddings"] = max_position_embeddings
     values.setdefault("original_max_position_embeddings", max_position_embeddings)
     return RopeConfig(rope_type, float(theta), rotary_dim, **values)
+
+
+def _scaling(reader: ConfigReader) -> dict[str, Any]:
+    """rope_parameters and rope_scaling in one, with the type under "rope_type"."""
+    found: list[dict[str, Any]] = []
+    for name in ("rope_parameters", "rope_scaling"):
+        value = reader.get(name) or {}
+        if not isinstance(value, dict):
+            raise QccError(f"{reader.where}: {name} is {shown(value)}, it must be a mapping")
+        value = dict(value)
+        if "type" in value:
+            legacy = value.pop("type")
+            _agree(
+                reader, f"{name}: type", legacy, "rope_type", value.setdefault("rope_type", legacy)
+            )
+        if value:
+            found.append(value)
+    if len(found) == 2:
+        # Only the newer spelling holds these two; the older has them beside it.
+        kinds = [{k: v for k, v in each.items() if k not in _BESIDE} for each in found]
+        _agree(reader, "rope_parameters", kinds[0], "rope_scaling", kinds[1])
+        for key in _BESIDE & found[0].keys() & found[1].keys():
+            names = f"rope_parameters.{key}", f"rope_scaling.{key}"
+            _agree(reader, names[0], found[0][key], names[1], found[1][key])
+    return {key: value for each in found for key, value in each.items()}
+
+
+def _within_or_beside(
+    reader: ConfigReader, scaling: dict[str, Any], key: str, outer: str, default: float
+) -> Any:
+    """A number that may stand in rope_parameters, beside it, or in both if it is the same."""
+    inner = scaling.get(key)
+    beside = reader.get(outer)
+    if inner is None or beside is None:
+        both = inner if inner is not None else beside
+        return default if both is None else both
+    _agree(reader, outer, beside, f"rope_parameters.{key}", inner)
+    return inner
+
+
+def _agree(reader: ConfigReader, name: str, value: Any, other: str, its: Any) -> None:
+    """Refuse two spellings of one thing that say different things."""
+    if value != its:
+        raise QccError(
+            f"{reader.where}: {name} {shown(value)} and {other} {shown(its)} contradict each "
+            "other; keep the one that the model was trained with"
+        )
 
 
 def frequencies(rope: RopeConfig, context_window_size: int) -> tuple[tuple[float, ...], float]:

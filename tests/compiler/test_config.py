@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qcc.compiler.build import weight_specs
+from qcc.compiler.config import read_json
 from qcc.compiler.driver import CompileOptions, make_plan
 from qcc.compiler.models import architectures, find_architecture
 from qcc.runtime.errors import QccError
@@ -50,8 +51,8 @@ NEOX = {
 CONFIGS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "gpt_neox": NEOX}
 
 JUNK: list[Any] = [
-    None, True, False, 0, -1, 3, 2.5, 10**30, float("nan"), float("inf"), "", "x", [], {}, [1],
-    ["x"], [["x"]], [None], {"a": 1}, {"rope_type": ["x"]}, {"rope_type": None},
+    None, True, False, 0, -1, 3, 2.5, 1e-320, 2**31, 10**30, 10**4000, -(10**4000), float("nan"),
+    float("inf"), "", "x", [], {}, [1], ["x"], [["x"]], [None], {"a": 1}, {"rope_type": ["x"]}, {"rope_type": None},
 ]  # fmt: skip
 
 
@@ -142,6 +143,126 @@ def test_defaults_of_absent_and_null_keys() -> None:
     assert (config.hidden_act, config.norm_eps) == ("silu", 1e-6)
     assert (config.max_position_embeddings, config.rope.theta) == (2048, 10000.0)
     assert not config.tie_word_embeddings
+
+
+def without(raw: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in raw.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("raw", "kv_heads", "positions", "window"),
+    [
+        (LLAMA, 64, 2048, None),
+        (MISTRAL, 8, 131072, 4096),
+        (QWEN2, 32, 32768, None),
+        (NEOX, 64, 2048, None),
+    ],
+)
+def test_absent_keys_are_what_transformers_takes(
+    raw: dict[str, Any], kv_heads: int, positions: int, window: int | None
+) -> None:
+    bare = without(raw, "num_key_value_heads", "max_position_embeddings", "sliding_window")
+    bare |= {"num_attention_heads": 64, "hidden_size": 1024, "head_dim": 16}
+    config = read(bare)
+    assert (config.num_key_value_heads, config.max_position_embeddings) == (kv_heads, positions)
+    assert config.sliding_window == window
+    transformers = pytest.importorskip("transformers")
+    kind = find_architecture(raw, "x").model_type
+    theirs = transformers.AutoConfig.for_model(
+        kind, **without(bare, "architectures", "model_type", "rope_scaling")
+    )
+    their_kv_heads = getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)
+    assert (their_kv_heads, theirs.max_position_embeddings) == (kv_heads, positions)
+    assert getattr(theirs, "sliding_window", None) == window
+    assert read({**bare, "num_key_value_heads": None}).num_key_value_heads == 64
+
+
+def test_switches_that_are_off_and_keys_of_tools_are_harmless() -> None:
+    written = {
+        "use_mrope": False,
+        "rope_interleaved": False,
+        "is_llama_config": True,
+        "transformers.js_config": {"dtype": "q4"},
+        "unsloth_fixed": True,
+        "max_sequence_length": 2048,
+    }
+    for raw in CONFIGS.values():
+        assert read({**raw, **written}) == read(raw)
+        for key in ("use_mrope", "rope_interleaved"):
+            for value in (True, 0, "x"):
+                with pytest.raises(QccError, match=f"unknown key '{key}' = {value!r}"):
+                    read({**raw, key: value})
+    assert read({**MISTRAL, "attention_bias": False}) == read(MISTRAL)
+    with pytest.raises(QccError, match="unknown key 'attention_bias' = True"):
+        read({**MISTRAL, "attention_bias": True})
+    assert read({**QWEN2, "attention_bias": True}) == read(QWEN2)
+
+
+def test_an_already_quantized_checkpoint_is_refused_by_that_name() -> None:
+    raw = {**LLAMA, "unknown": 1, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    with pytest.raises(QccError, match="an already quantized checkpoint is not supported yet"):
+        read(raw)
+    assert read({**LLAMA, "quantization_config": None}) == read(LLAMA)
+
+
+def test_the_model_type_is_the_architecture_s_own() -> None:
+    for name, raw in CONFIGS.items():
+        assert read({**raw, "model_type": "foo"}).model_type == name
+
+
+ABSURD = [
+    ("num_hidden_layers", 1025),
+    ("num_hidden_layers", 10**9),
+    ("hidden_size", 10**30),
+    ("vocab_size", 10**20),
+    ("intermediate_size", 2**63),
+    ("num_attention_heads", 10**6),
+    ("num_key_value_heads", 10**6),
+    ("head_dim", 10**6),
+    ("max_position_embeddings", 10**30),
+    ("rope_theta", 1),
+    ("rope_theta", 0.5),
+    ("rms_norm_eps", -(10**4000)),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), ABSURD)
+def test_absurd_numbers_are_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(QccError, match=rf"{key} is -?[\d.]+, it must be") as caught:
+        read({**LLAMA, key: value})
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "[" * 100000, "{", "\ud800"])
+def test_json_that_python_cannot_read_is_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(QccError, match=r"config\.json: not valid JSON") as caught:
+        read_json(path)
+    assert "\n" not in str(caught.value)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def test_rope_keys_that_contradict_each_other() -> None:
+    both = {**LLAMA, "rope_parameters": {**YARN, "rope_theta": 10000.0}, "rope_scaling": YARN}
+    assert read(both) == read(LLAMA)
+    old = {"type": "yarn", **without(YARN, "rope_type")}
+    assert read({**both, "rope_scaling": old}) == read(LLAMA)
+    for changes in (
+        {"rope_scaling": {**YARN, "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {**YARN, "type": "linear"}},
+        {"rope_scaling": {**YARN, "rope_theta": 500.0}},
+        {"rope_theta": 500.0},
+        {"partial_rotary_factor": 0.5, "rope_parameters": {**YARN, "partial_rotary_factor": 1.0}},
+    ):
+        with pytest.raises(QccError, match="contradict each other"):
+            read({**both, **changes})
+    # The base may stand inside or beside.
+    inside = {**without(LLAMA, "rope_theta"), "rope_scaling": {**YARN, "rope_theta": 500.0}}
+    assert read(inside).rope == read({**LLAMA, "rope_theta": 500.0}).rope
 
 
 def test_windows_on_some_layers_are_refused() -> None:
