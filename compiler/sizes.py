@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from qcc.compiler.config import ModelConfig
+from qcc.compiler.config import INT32_MAX, ModelConfig
 from qcc.runtime.errors import QccError
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_BATCH = 4
+# The memory plan and the kernels grow with both: what is beyond is built and never loads.
+MAX_BATCH = 256
+MAX_CHUNK = 65536
+# A rope of these types reaches the original positions times its factor.
+SCALED_ROPES = ("dynamic", "linear", "yarn")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,26 @@ class SizeFlags:
     max_batch: int | None = None
 
 
+def positions_limit(config: ModelConfig) -> int:
+    """The greatest context window: the trained positions, or what a scaled rope reaches."""
+    trained, rope = config.max_position_embeddings, config.rope
+    if rope.rope_type not in SCALED_ROPES:
+        return trained
+    # Checkpoints write max_position_embeddings before the scaling (Qwen2.5's recipe) or after it.
+    reach = int(rope.original_max_position_embeddings * rope.factor)
+    return min(max(trained, reach), INT32_MAX)
+
+
+def context_note(flags: SizeFlags, sizes: Sizes) -> str | None:
+    """What to tell a user whose --context-window has no effect; None: it has, or was not given."""
+    if flags.context_window is None or sizes.sliding_window_size < 0:
+        return None
+    return (
+        f"--context-window {flags.context_window} is not needed: with the sliding window of "
+        f"{sizes.sliding_window_size} tokens a text may have any length"
+    )
+
+
 def choose_sizes(config: ModelConfig, flags: SizeFlags, default_chunk: int) -> Sizes:
     """Resolve flags against the model's limits and each other.
 
@@ -57,10 +82,14 @@ def choose_sizes(config: ModelConfig, flags: SizeFlags, default_chunk: int) -> S
         minimum = 0 if field.name == "attention_sink" else 1
         if value is not None and value < minimum:
             raise QccError(f"--{field.name.replace('_', '-')} {value}: must be {minimum} or more")
+    for flag, value, maximum in (
+        ("--max-batch", flags.max_batch, MAX_BATCH),
+        ("--prefill-chunk", flags.prefill_chunk, MAX_CHUNK),
+    ):
+        if value is not None and value > maximum:
+            raise QccError(f"{flag} {value}: must be {maximum} or less")
     trained = config.max_position_embeddings
-    limit = trained
-    if config.rope.rope_type == "dynamic":  # the base grows with the length, up to factor times
-        limit = int(trained * config.rope.factor)
+    limit = positions_limit(config)
     if flags.context_window is not None and flags.context_window > limit:
         raise QccError(
             f"--context-window {flags.context_window} exceeds the {limit} positions that the model "

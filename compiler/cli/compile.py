@@ -44,7 +44,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sizes = parser.add_argument_group("sizes (tokens)")
     for flag, text in (
-        ("--context-window", "longest prompt + answer (default: the model's, at most 8192)"),
+        (
+            "--context-window",
+            "longest prompt + answer (default: the model's, at most 8192); "
+            "no bound with a sliding window",
+        ),
         ("--sliding-window", "attend to the last N tokens only (default: the model's)"),
         ("--attention-sink", "first tokens that a sliding window keeps (default: 0)"),
         ("--prefill-chunk", "tokens of a prompt computed at once (default: 512)"),
