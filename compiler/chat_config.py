@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qcc.compiler.config import ModelConfig, RopeConfig, read_json
+from qcc.compiler.config import ModelConfig, RopeConfig, read_json, shown
 from qcc.compiler.conv_template import TokenFacts, derive
 from qcc.runtime.artifact import CHAT_CONFIG
 from qcc.runtime.chat import find_template
@@ -50,6 +50,8 @@ _SAMPLING = {
     "repetition_penalty": (1.0, 1e-6, 100.0),
     "top_p": (1.0, 0.0, 1.0),
 }
+# Stands for top_p 0, which transformers reads as "the likeliest token" and MLC and we refuse.
+_LEAST_TOP_P = 1e-6
 
 
 def write_chat_config(
@@ -260,7 +262,9 @@ def _ids(raw: Mapping[str, Any], key: str, source: Path) -> list[int]:
     value = raw.get(key)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int for item in values):
-        raise QccError(f"{source}: {key} is {value!r}, it must be a token id or a list of them")
+        raise QccError(
+            f"{source}: {key} is {shown(value)}, it must be a token id or a list of them"
+        )
     return [item for item in values if item >= 0]
 
 
@@ -270,8 +274,16 @@ def _sampling(generation: Mapping[str, Any], where: Path) -> dict[str, float]:
         value = generation.get(key)
         value = default if value is None else value
         if type(value) not in (int, float) or not least <= value <= greatest:
-            raise QccError(f"{where}: {key} is {value!r}, must be from {least:g} to {greatest:g}")
+            raise QccError(
+                f"{where}: {key} is {shown(value)}, must be from {least:g} to {greatest:g}"
+            )
         result[key] = float(value)
+    result["top_p"] = max(result["top_p"], _LEAST_TOP_P)
+    sampled = generation.get("do_sample")
+    if sampled is not None and not isinstance(sampled, bool):
+        raise QccError(f"{where}: do_sample is {shown(sampled)}, must be true or false")
+    if sampled is False:  # clients read no generation_config.json: greedy has no other spelling
+        result["temperature"] = 0.0
     return result
 
 

@@ -104,6 +104,20 @@ def test_all_fields_are_written(tmp_path: Path) -> None:
     assert chat["model_config"]["context_window_size"] == 64
 
 
+def test_greedy_is_a_temperature_of_zero(tmp_path: Path) -> None:
+    """Clients read mlc-chat-config.json alone, which has no do_sample."""
+    for generation, temperature, top_p in (
+        ({"do_sample": False}, 0.0, 1.0),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, 0.0, 0.9),
+        ({"do_sample": True}, 1.0, 1.0),
+        ({"do_sample": None, "temperature": 0.6}, 0.6, 1.0),
+        ({"temperature": 0.6, "top_p": 0}, 0.6, 1e-6),  # 0: the runtime would refuse every run
+    ):
+        source = checkpoint(tmp_path / "m", generation_config=generation)
+        chat = write(source, tmp_path / "out")
+        assert (chat["temperature"], chat["top_p"]) == (temperature, top_p), generation
+
+
 def test_rope_scaling_keeps_hugging_face_names(tmp_path: Path) -> None:
     rope = RopeConfig("llama3", 5e5, 4, factor=8.0, original_max_position_embeddings=8192)
     chat = write(checkpoint(tmp_path / "m"), tmp_path / "out", rope=rope)
@@ -186,6 +200,10 @@ def test_the_post_processor_gives_the_prefix(tmp_path: Path) -> None:
         ({"tokenizer": [1]}, {}, "holds no JSON object"),
         ({}, {"vocab_size": 11}, "token ids up to 11, but config.json has vocab_size 11"),
         ({"generation_config": {"top_p": 7}}, {}, "top_p is 7, must be from 0 to 1"),
+        ({"generation_config": {"top_p": -0.1}}, {}, "top_p is -0.1, must be from 0 to 1"),
+        ({"generation_config": {"temperature": 1e9}}, {}, "temperature is 1000000000.0, must be"),
+        ({"generation_config": {"temperature": float("nan")}}, {}, "temperature is nan, must be"),
+        ({"generation_config": {"do_sample": "no"}}, {}, "do_sample is 'no', must be true or"),
         ({"config": {"eos_token_id": "x"}}, {}, "eos_token_id is 'x', it must be a token id"),
     ],
 )
@@ -198,9 +216,10 @@ def test_errors(tmp_path: Path, files: Any, changes: Any, text: str) -> None:
 
 def test_a_tokenizer_that_is_no_json(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "m")
-    (source / "tokenizer.json").write_text("{")
-    with pytest.raises(QccError, match=r"tokenizer\.json: not valid JSON"):
-        write(source, tmp_path / "out")
+    for text in ("{", '{"version": ' + "9" * 5000 + "}", "[" * 100000):
+        (source / "tokenizer.json").write_text(text)
+        with pytest.raises(QccError, match=r"tokenizer\.json: not valid JSON"):
+            write(source, tmp_path / "out")
 
 
 def test_the_note_is_not_written(tmp_path: Path) -> None:
