@@ -67,7 +67,11 @@ def kv_cache_config(plan: Plan, dtype: str) -> KVCacheConfig:
 
 
 def quantized_module(
-    plan: Plan, specs: tuple[WeightSpec, ...], spec: TargetSpec, target: Any
+    plan: Plan,
+    specs: tuple[WeightSpec, ...],
+    spec: TargetSpec,
+    target: Any,
+    dump: Path | None = None,
 ) -> Any:
     """The module with all that clients call, before any lowering: the executable reference."""
     from qcc.compiler.models.blocks import export
@@ -85,7 +89,8 @@ def quantized_module(
         AttachSampling(plan.config.vocab_size, plan.sizes.max_batch_size),
         AttachLogitProcessing(plan.config.vocab_size),
     )
-    return pipeline.run(export(plan.architecture.module(plan.config), dtype), passes, target)
+    module = export(plan.architecture.module(plan.config), dtype)
+    return pipeline.run(module, passes, target, dump)
 
 
 def build_library(
@@ -120,7 +125,7 @@ def build_library(
         AttachMetadata(describe),
         fuse=options.opt >= 2,
     )
-    module = quantized_module(plan, specs, spec, target)
+    module = quantized_module(plan, specs, spec, target, dump)
     module = pipeline.run(module, passes, target, dump)
     with target:
         executable = rx.build(module, target, relax_pipeline=None)

@@ -1,6 +1,7 @@
 """qcc.targets: how a device runs a compiled model; one folder a target, its name after --target.
 
   spec.py   TargetSpec, the questions that the compiler asks of every target
+  matching.py  the linear layers and table rows that a lowering looks for, of any target
   cpu/      LLVM CPU: x86-64 and aarch64
 
 A target's folder defines one object, TARGET; discovery lists the folders and imports one only when

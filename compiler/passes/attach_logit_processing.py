@@ -24,8 +24,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-ROLE = "qcc.role"
-OPAQUE = 8  # op_pattern: fusion leaves the kernel alone
+from qcc.quant_schemes.attributes import OP_PATTERN, OPAQUE, ROLE, SCHEDULED
+
 Args = Sequence[tuple[str, tuple[int | str, ...], str]]  # name, extents (a name: symbolic), dtype
 WORD = 32  # tokens in a word of the bitmask
 
@@ -59,7 +59,7 @@ def _attach(builder: rx.BlockBuilder, name: str, args: Args, body: Callable[...,
 
 def _kernel(name: str, args: Args, body: Callable[..., None]) -> tirx.PrimFunc:
     """A scheduled, opaque PrimFunc of role `name`; its first argument is updated in place."""
-    attrs = {"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": OPAQUE, ROLE: name}
+    attrs = {"tirx.noalias": True, SCHEDULED: True, OP_PATTERN: OPAQUE, ROLE: name}
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True, private=True):
             T.func_attr(attrs)

@@ -23,8 +23,8 @@ from tvm import te, tirx, topi
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-ROLE = "qcc.role"
-OPAQUE = 8  # op_pattern: fusion leaves the kernel alone
+from qcc.quant_schemes.attributes import OP_PATTERN, OPAQUE, ROLE
+
 GREEDY_TEMPERATURE = 1e-5
 LANES = 16  # independent partial maxima and sums: a chain of one would wait for each addition
 MAX_CHUNK = 64  # vectors of LANES in a partial reduction: 128k logits make over 100 parallel parts
@@ -146,7 +146,7 @@ def _row_kernel(
     """A PrimFunc of one block a row: `body(row, *buffers)` writes that row of every output."""
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True, private=True):
-            T.func_attr({"tirx.noalias": True, "op_pattern": OPAQUE, ROLE: name})
+            T.func_attr({"tirx.noalias": True, OP_PATTERN: OPAQUE, ROLE: name})
             buffers = [
                 T.arg(arg, T.buffer(shape, dtype, layout=None))
                 for arg, shape, dtype in [*inputs, *outputs]

@@ -18,8 +18,8 @@ import tvm
 from tvm import relax as rx
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
-REPACK = "repack"
-ROLE = "qcc.role"
+from qcc.quant_schemes.attributes import REPACK, ROLE
+from qcc.targets.matching import weighted_functions
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,7 @@ class HoistRepack:
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         """Collect over all functions first, then rewrite each."""
         collector = _Collect(mod)
-        functions = [
-            (gv, func)
-            for gv, func in sorted(mod.functions_items(), key=lambda item: item[0].name_hint)
-            if isinstance(func, rx.Function) and func.attrs and "num_input" in func.attrs
-        ]
+        functions = weighted_functions(mod)
         for _, func in functions:
             collector.collect(func)
         keys, self.slots = collector.finish()

@@ -8,6 +8,7 @@ from typing import Any
 
 import tvm
 from tvm import relax as rx
+from tvm import tirx
 
 from qcc.compiler.passes.attach_kv_cache import AttachKVCache
 from qcc.compiler.passes.attach_logit_processing import AttachLogitProcessing
@@ -18,6 +19,7 @@ from qcc.compiler.passes.dump_ir import DumpIR
 from qcc.compiler.passes.hoist_repack import HoistRepack
 from qcc.compiler.passes.quantize_weights import QuantizeWeights
 from qcc.compiler.passes.storage_in_bytes import StorageInBytes
+from qcc.quant_schemes.attributes import SCHEDULED
 
 
 def front_end(
@@ -46,8 +48,6 @@ def lowering(
         hoist,
         BoundShapes(bounds),
         # the rest: loops, fused and scheduled
-        rx.backend.DispatchSampling(),
-        rx.backend.DispatchSortScan(),
         t.RemoveRedundantReshape(),
         t.EliminateCommonSubexpr(),
         t.LegalizeOps(),
@@ -55,6 +55,7 @@ def lowering(
         *([t.FuseOps(), t.FuseTIR()] if fuse else []),
         t.DeadCodeElimination(),
         *target_schedule,
+        CheckScheduled(),
         # memory: planned with the bounds, reported in the metadata
         t.RewriteDataflowReshape(),
         t.ToNonDataflow(),
@@ -72,10 +73,31 @@ def lowering(
     ]
 
 
+@tvm.transform.module_pass(opt_level=0, name="CheckScheduled")
+class CheckScheduled:
+    """Every PrimFunc must have been scheduled: plain loops are hundreds of times too slow."""
+
+    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
+        """Return the module as it is, or stop with the names of the forgotten."""
+        forgotten = [
+            str(gv.name_hint)
+            for gv, func in mod.functions_items()
+            if isinstance(func, tirx.PrimFunc) and not (func.attrs and SCHEDULED in func.attrs)
+        ]
+        assert not forgotten, f"no schedule for {', '.join(forgotten)}"
+        return mod
+
+
 def run(
     mod: tvm.IRModule, passes: Sequence[Any], target: Any, dump: Path | None = None
 ) -> tvm.IRModule:
-    """Apply the passes in order for `target`; `dump` receives the module after each."""
+    """Apply the passes in order for `target`; `dump` receives the module after each.
+
+    The IR is checked on entry and exit: a broken pass is found here and not by what it computes.
+    """
     instruments = [DumpIR(dump)] if dump else []
+    rx.analysis.well_formed(mod)
     with target, tvm.transform.PassContext(opt_level=3, instruments=instruments):
-        return tvm.transform.Sequential(list(passes))(mod)
+        mod = tvm.transform.Sequential(list(passes))(mod)
+    rx.analysis.well_formed(mod)
+    return mod

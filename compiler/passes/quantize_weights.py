@@ -24,10 +24,9 @@ from tvm import te, tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from qcc.compiler.weights.spec import WeightSpec
+from qcc.quant_schemes.attributes import DEQUANTIZE, DEQUANTIZE_ROWS, FORMAT, ROLE
 from qcc.quant_schemes.packing import dequantize_expr
 from qcc.quant_schemes.scheme import WeightFormat
-
-ROLE, FORMAT = "qcc.role", "qcc.format"
 
 
 def _finish(args: list[te.Tensor], role: str, fmt: WeightFormat) -> tirx.PrimFunc:
@@ -55,7 +54,7 @@ def dequantize_func(fmt: WeightFormat, n: int, k: int, dtype: str) -> tirx.PrimF
     inputs = _inputs(fmt, n, k)
     shape = [tirx.IntImm("int64", n), tirx.IntImm("int64", k)]
     out = te.compute(shape, lambda i, j: _element(fmt, inputs, i, j, dtype), name="dequantize")
-    return _finish([*inputs, out], "dequantize", fmt)
+    return _finish([*inputs, out], DEQUANTIZE, fmt)
 
 
 @cache
@@ -73,7 +72,7 @@ def dequantize_rows_func(fmt: WeightFormat, n: int, k: int, dtype: str) -> tirx.
         lambda i, j: _element(fmt, inputs, row(i), j, dtype),
         name="dequantize_rows",
     )
-    return _finish([*inputs, ids, out], "dequantize_rows", fmt)
+    return _finish([*inputs, ids, out], DEQUANTIZE_ROWS, fmt)
 
 
 @tvm.transform.module_pass(opt_level=0, name="QuantizeWeights")

@@ -58,7 +58,9 @@ def resolve(options: BuildOptions) -> tuple[Any, str]:
         description["mattr"] = _host_attributes(mcpu)
         if not description["mattr"]:
             del description["mattr"]
-    return tvm.target.Target(description), f"cpu-{mcpu}"
+    # `generic` says nothing without the machine.
+    suffix = f"cpu-{machine}-{mcpu}" if mcpu == "generic" else f"cpu-{mcpu}"
+    return tvm.target.Target(description), suffix
 
 
 def _machine(triple: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import tvm
 
@@ -35,9 +34,8 @@ def isa_of(target: tvm.target.Target) -> Isa:
     def has(feature: str) -> bool:
         return bool(tvm.target.codegen.llvm_cpu_has_features(feature, target))
 
-    if "aarch64" in str(target.attrs.get("mtriple", "")) or "arm64" in str(
-        target.attrs.get("mtriple", "")
-    ):
+    triple = str(target.attrs.get("mtriple", "") or tvm.target.codegen.llvm_get_system_triple())
+    if triple.startswith(("aarch64", "arm64")):
         return NEON
     if has("avx512f"):
         return AVX512
@@ -49,6 +47,3 @@ def isa_of(target: tvm.target.Target) -> Isa:
 def vector(isa: Isa, dtype: str) -> str:
     """The vector type of `dtype` with the unit's lanes, as `float32x16`."""
     return f"{dtype}x{isa.lanes}"
-
-
-Expr = Any

@@ -6,6 +6,7 @@ from typing import Any
 
 from tvm.relax.frontend.nn.llm import kv_cache as wheel
 
+from qcc.quant_schemes.attributes import OP_PATTERN, OPAQUE, SCHEDULED
 from qcc.runtime.errors import QccError
 from qcc.targets.cpu.kernels import rope
 from qcc.targets.cpu.kernels.attention import PAGE, Tile
@@ -76,6 +77,4 @@ def _check(config: KVCacheConfig) -> None:
 
 def _private(func: Any) -> Any:
     """The wheel's kernels have no schedule to wait for, and a symbol would clash."""
-    return func.without_attr("global_symbol").with_attrs(
-        {"tirx.is_scheduled": True, "op_pattern": 8}
-    )
+    return func.without_attr("global_symbol").with_attrs({SCHEDULED: True, OP_PATTERN: OPAQUE})

@@ -9,8 +9,9 @@ from typing import Any
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-# 8 is the opaque pattern: fusion leaves the function alone.
-_ATTRS = {"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": 8}
+from qcc.quant_schemes.attributes import OP_PATTERN, OPAQUE, SCHEDULED
+
+_ATTRS = {"tirx.noalias": True, SCHEDULED: True, OP_PATTERN: OPAQUE}
 
 
 class Build:

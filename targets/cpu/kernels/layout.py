@@ -13,10 +13,9 @@ from functools import cache
 
 from tvm import te, tirx
 
+from qcc.quant_schemes.attributes import REPACK, ROLE
 from qcc.quant_schemes.scheme import WeightFormat
 from qcc.targets.cpu.isa import Isa
-
-ROLE = "qcc.role"
 
 
 def row_blocks(n: int, isa: Isa) -> int:
@@ -67,9 +66,7 @@ def repack_func(fmt: WeightFormat, n: int, k: int, part: int, isa: Isa) -> tirx.
         return tirx.if_then_else(row < n, value, tirx.const(0, dtype))
 
     out = te.compute([tirx.IntImm("int64", d) for d in shape], element, name="repack")
-    return (
-        te.create_prim_func([source, out]).without_attr("global_symbol").with_attr(ROLE, "repack")
-    )
+    return te.create_prim_func([source, out]).without_attr("global_symbol").with_attr(ROLE, REPACK)
 
 
 @cache
@@ -77,4 +74,4 @@ def cast_func(extent: int, source: str, target: str) -> tirx.PrimFunc:
     """PrimFunc (source[extent]) -> target[extent]; role `repack`."""
     x = te.placeholder([tirx.IntImm("int64", extent)], source, name="stored")
     out = te.compute(x.shape, lambda i: x[i].astype(target), name="cast")
-    return te.create_prim_func([x, out]).without_attr("global_symbol").with_attr(ROLE, "repack")
+    return te.create_prim_func([x, out]).without_attr("global_symbol").with_attr(ROLE, REPACK)

@@ -13,6 +13,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from qcc.quant_schemes.attributes import LINEAR, ROLE, TABLE_ROWS
 from qcc.quant_schemes.scheme import WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels.decode import code_vector, float_vector
@@ -31,7 +32,6 @@ from qcc.targets.cpu.kernels.tir import (
     zeros,
 )
 
-ROLE = "qcc.role"
 CHAINS = 8  # independent accumulators: FMA latency 4 x 2 ports
 FLOAT_STEP = 32  # columns of a float weight that one step of a GEMV unrolls
 CHUNK = 128  # columns of a GEMM's panel: 128 x 64 f32 is 32 KiB
@@ -117,7 +117,7 @@ def gemv(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
             store_lanes(isa, out, i64(0), block * isa.lanes, n, total[0])
 
     args = [("x", (1, k), "float32"), *_weight_args(fmt, n, k, isa), ("y", (1, n), "float32")]
-    return kernel("gemv", args, body, {ROLE: "linear"})
+    return kernel("gemv", args, body, {ROLE: LINEAR})
 
 
 @cache
@@ -168,7 +168,7 @@ def gemm(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
                 one_chunk(i64(k // chunk), k % chunk)
 
     args = [("x", (rows, k), "float32"), *_weight_args(fmt, n, k, isa), ("y", (rows, n), "float32")]
-    return kernel("gemm", args, body, {ROLE: "linear"})
+    return kernel("gemm", args, body, {ROLE: LINEAR})
 
 
 def _expand(
@@ -280,7 +280,7 @@ def table_rows(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
         ("ids", (rows,), "int32"),
         ("rows", (rows, k), "float32"),
     ]
-    return kernel("table_rows", args, body, {ROLE: "table_rows"})
+    return kernel("table_rows", args, body, {ROLE: TABLE_ROWS})
 
 
 def _scalar(

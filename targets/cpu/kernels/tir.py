@@ -9,7 +9,8 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-OPAQUE = 8  # op_pattern: fusion leaves the kernel alone
+from qcc.quant_schemes.attributes import OP_PATTERN, OPAQUE, SCHEDULED
+
 MAX_STACK_BYTES = 1024  # TVM keeps a local buffer of up to this size on the stack
 
 
@@ -34,9 +35,7 @@ def kernel(
     """
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True, private=True):
-            T.func_attr(
-                {"tirx.noalias": True, "tirx.is_scheduled": True, "op_pattern": OPAQUE, **attrs}
-            )
+            T.func_attr({"tirx.noalias": True, SCHEDULED: True, OP_PATTERN: OPAQUE, **attrs})
             buffers = [
                 T.arg(arg, T.buffer(extents(shape), dtype, layout=None))
                 for arg, shape, dtype in args

@@ -14,9 +14,9 @@ from typing import Any
 import tvm
 from tvm import s_tir, tirx
 
+from qcc.quant_schemes.attributes import SCHEDULED
 from qcc.targets.cpu.isa import Isa
 
-SCHEDULED = "tirx.is_scheduled"
 # Below this many elements a parallel region costs more than it saves (1.5 us a launch).
 MIN_PARALLEL = 16384
 

@@ -1,0 +1,16 @@
+"""Attributes by which PrimFuncs say what they are: the compiler sets them, targets decide on them.
+
+`qcc.role`    dequantize (stored parts -> weight), dequantize_rows (stored parts, ids -> rows),
+              repack (stored part -> a kernel's layout), linear, table_rows, or the name of a
+              function that clients call
+`qcc.format`  WeightFormat.as_dict() of what a dequantize function reads
+"""
+
+ROLE = "qcc.role"
+FORMAT = "qcc.format"
+DEQUANTIZE, DEQUANTIZE_ROWS, REPACK = "dequantize", "dequantize_rows", "repack"
+LINEAR, TABLE_ROWS = "linear", "table_rows"
+
+# TVM's own: no schedule is wanted any more, and fusion leaves the function alone.
+SCHEDULED = "tirx.is_scheduled"
+OP_PATTERN, OPAQUE = "op_pattern", 8
