@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,9 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise QccError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint")
-        try:
+        with _tokenizers_errors(f"{path}: the tokenizers library cannot read it"):
             self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as err:  # all that tokenizers raises
-            raise QccError(f"{path}: the tokenizers library cannot read it: {err}") from err
+        self.path = path
         # A file made for training may cut or pad what it encodes.
         self.backend.no_truncation()
         self.backend.no_padding()
@@ -47,9 +47,9 @@ class Tokenizer:
         """The tokens of a prompt: with BOS where the model wants it; of "" the BOS alone.
 
         Raises:
-            QccError: "" for a model without a BOS token.
+            QccError: "" for a model without a BOS token; a tokenizer.json that does not fit itself.
         """
-        ids: list[int] = self.backend.encode(text, add_special_tokens=True).ids
+        ids = self._encode(text, add_special_tokens=True)
         adds = self.config.get("add_bos_token") is True
         if self.bos_id is not None and (adds or not ids) and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
@@ -59,7 +59,11 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """The tokens of a rendered chat template, which holds its special tokens as text."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        with _tokenizers_errors(f"{self.path}: the tokenizers library cannot encode the prompt"):
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -94,6 +98,20 @@ class Tokenizer:
             if ids:
                 return ids[0]
         return None
+
+
+@contextmanager
+def _tokenizers_errors(what: str) -> Iterator[None]:
+    """Turn all that the tokenizers library raises into a QccError that begins with `what`.
+
+    It raises bare Exceptions, and where its Rust code panics a BaseException without a public name.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as err:
+        raise QccError(f"{what}: {err}") from err
 
 
 def _ids(value: Any) -> frozenset[int]:

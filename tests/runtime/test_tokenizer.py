@@ -104,3 +104,19 @@ def test_files_that_are_not_readable(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     with pytest.raises(QccError, match=r"tokenizer\.json: the tokenizers library cannot read it"):
         Tokenizer(tmp_path, {})
+
+
+def test_a_panic_of_the_tokenizers_library_is_an_error(tmp_path: Path) -> None:
+    """Its Rust code panics on these; Python sees a BaseException that is no Exception."""
+    tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    good = json.loads(path.read_text(encoding="utf-8"))
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    path.write_text(json.dumps({**good, "normalizer": charsmap}), encoding="utf-8")
+    with pytest.raises(QccError, match=r"tokenizer\.json: the tokenizers library cannot read it"):
+        Tokenizer(tmp_path, {})
+    unknown = {"SpecialToken": {"id": "<q>", "type_id": 0}}
+    post = {"type": "TemplateProcessing", "single": [unknown], "pair": [], "special_tokens": {}}
+    path.write_text(json.dumps({**good, "post_processor": post}), encoding="utf-8")
+    with pytest.raises(QccError, match=r"tokenizer\.json: the tokenizers library cannot encode"):
+        Tokenizer(tmp_path, {}).encode("hello")
