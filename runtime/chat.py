@@ -32,7 +32,9 @@ def find_template(folder: Path) -> tuple[str | None, Path]:
         raise QccError(f"{path}: cannot be read: {err}") from err
     found = data.get("chat_template") if isinstance(data, dict) else None
     if isinstance(found, list):  # {"name": ..., "template": ...}
-        named = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
+        items = [item for item in found if isinstance(item, dict)]
+        # str: what comes from a file may be of any type, and a list is no key.
+        named = {str(item.get("name")): item.get("template") for item in items}
         found = named.get("default") or next(iter(named.values()), None)
     if found is not None and not isinstance(found, str):
         raise QccError(f"{path}: chat_template is neither a text nor a list of named ones")

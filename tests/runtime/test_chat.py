@@ -102,7 +102,9 @@ def grow(start: str, step: str) -> str:
         ("{{ lipsum(100) }}", "undefined"),
         ("{{ raise_exception('no system here') }}", "no system here"),
         ("{{ messages[0].nothing.more }}", "no attribute|has no"),
+        ("{{ cycler() }}", "fails: RuntimeError: at least one item"),
         ("{% if %}", "not a valid template"),
+        ("{{ " + "1" * 5000 + " }}", "not a valid template"),
     ],
 )
 def test_a_hostile_or_broken_template_is_one_error(source: str, text: str) -> None:
@@ -139,6 +141,7 @@ def test_a_long_conversation_is_within_the_bounds() -> None:
             None,
             "D",
         ),
+        ({"chat_template": [{"name": [], "template": "L"}]}, None, "L"),
         ({"chat_template": "A"}, "J", "J"),
         ({}, None, None),
         (None, None, None),
