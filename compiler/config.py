@@ -56,7 +56,10 @@ MAXIMA = {
 
 def shown(value: Any) -> str:
     """A value as an error quotes it: one line, and short however long the value."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep, or an integer of 5000 digits
+        text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -80,8 +83,8 @@ class ConfigReader:
         maximum = MAXIMA.get(key, INT32_MAX)
         if type(value) is not int or not minimum <= value <= maximum:
             raise QccError(
-                f"{self.where}: {key} is {shown(value)}, it must be a whole number from "
-                f"{minimum} to {maximum}"
+                f"{self.where}: {key} is {shown(value)}, it must be a whole number >= {minimum} "
+                f"and <= {maximum}"
             )
         return value
 

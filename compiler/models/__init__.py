@@ -15,6 +15,7 @@ import pkgutil
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from qcc.compiler.config import shown
 from qcc.quant_schemes.errors import did_you_mean
 from qcc.runtime.errors import QccError
 
@@ -39,17 +40,20 @@ def find_architecture(raw: dict[str, Any], where: str) -> Architecture:
     """The architecture that a config.json names by `architectures` (first) or `model_type`."""
     known = architectures()
     names = raw.get("architectures") or []
-    if not isinstance(names, list):
-        raise QccError(f"{where}: architectures is {names!r}, it must be a list of class names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise QccError(
+            f"{where}: architectures is {shown(names)}, it must be a list of class names"
+        )
     for architecture in known.values():
         if any(name in architecture.hf_names for name in names):
             return architecture
-    model_type = str(raw.get("model_type"))
+    model_type = raw.get("model_type")
+    model_type = model_type if isinstance(model_type, str) else shown(model_type)
     if not names and model_type in known:
         return known[model_type]
-    asked = str(names[0]) if names else model_type
+    asked = names[0] if names else model_type
     classes = [name for architecture in known.values() for name in architecture.hf_names]
     raise QccError(
-        f"{where}: architecture {asked!r} is not supported{did_you_mean(asked, classes)}; "
+        f"{where}: architecture {shown(asked)} is not supported{did_you_mean(asked, classes)}; "
         f"supported: {', '.join(classes)} (qcc list models)"
     )

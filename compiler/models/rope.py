@@ -103,6 +103,11 @@ def _scaling(reader: ConfigReader) -> dict[str, Any]:
         value = reader.get(name) or {}
         if not isinstance(value, dict):
             raise QccError(f"{reader.where}: {name} is {shown(value)}, it must be a mapping")
+        for key, part in value.items():
+            if isinstance(part, (dict, list)):  # such as a rope for each kind of layer
+                raise QccError(
+                    f"{reader.where}: {name}: {key} is {shown(part)}, it must be a number or a name"
+                )
         value = dict(value)
         if "type" in value:
             legacy = value.pop("type")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qcc.compiler.build import weight_specs
-from qcc.compiler.config import read_json
+from qcc.compiler.config import read_json, shown
 from qcc.compiler.driver import CompileOptions, make_plan
 from qcc.compiler.models import architectures, find_architecture
 from qcc.runtime.errors import QccError
@@ -50,9 +50,14 @@ NEOX = {
 }
 CONFIGS = {"llama": LLAMA, "mistral": MISTRAL, "qwen2": QWEN2, "gpt_neox": NEOX}
 
+# As deep as json.loads returns it when its caller is near the limit: repr() gives up on it.
+DEEP: list[Any] = []
+for _ in range(2000):
+    DEEP = [DEEP]
 JUNK: list[Any] = [
     None, True, False, 0, -1, 3, 2.5, 1e-320, 2**31, 10**30, 10**4000, -(10**4000), float("nan"),
-    float("inf"), "", "x", [], {}, [1], ["x"], [["x"]], [None], {"a": 1}, {"rope_type": ["x"]}, {"rope_type": None},
+    float("inf"), "", "x", [], {}, [1], ["x"], [["x"]], [None], {"a": 1}, {"rope_type": ["x"]},
+    {"rope_type": None}, DEEP,
 ]  # fmt: skip
 
 
@@ -72,9 +77,9 @@ def test_junk_is_refused_or_harmless(name: str) -> None:
                 read({**CONFIGS[name], key: value})
             except QccError as err:
                 refused += 1
-                assert "config.json" in str(err) and "\n" not in str(err), (key, value)
+                assert "config.json" in str(err) and "\n" not in str(err), (key, shown(value))
             except Exception as err:  # noqa: BLE001
-                pytest.fail(f"{key} = {value!r}: {type(err).__name__}: {err}")
+                pytest.fail(f"{key} = {shown(value)}: {type(err).__name__}: {err}")
     assert refused > 5 * len(CONFIGS[name])
 
 
@@ -90,7 +95,7 @@ def test_junk_within_rope_scaling() -> None:
                 except QccError as err:
                     assert "rope" in str(err)
                 except Exception as err:  # noqa: BLE001
-                    pytest.fail(f"{scaling}: {type(err).__name__}: {err}")
+                    pytest.fail(f"{shown(scaling)}: {type(err).__name__}: {err}")
 
 
 @pytest.mark.parametrize("head_dim", [6, 10, 15])
@@ -260,6 +265,8 @@ def test_rope_keys_that_contradict_each_other() -> None:
     ):
         with pytest.raises(QccError, match="contradict each other"):
             read({**both, **changes})
+    with pytest.raises(QccError, match=r"rope_scaling: factor is .*, it must be a number"):
+        read({**both, "rope_scaling": {**YARN, "factor": DEEP}})
     # The base may stand inside or beside.
     inside = {**without(LLAMA, "rope_theta"), "rope_scaling": {**YARN, "rope_theta": 500.0}}
     assert read(inside).rope == read({**LLAMA, "rope_theta": 500.0}).rope
