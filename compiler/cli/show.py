@@ -25,7 +25,9 @@ def run(args: argparse.Namespace) -> int:
     from qcc.runtime.artifact import QCC_JSON
 
     folder = Path(args.model)
-    is_artifact = (folder / QCC_JSON).exists() or not (folder / "config.json").exists()
+    # What is no folder may be a hub id, so a checkpoint.
+    is_checkpoint = not folder.is_dir() or (folder / "config.json").exists()
+    is_artifact = (folder / QCC_JSON).exists() or not is_checkpoint
     facts = _artifact(folder) if is_artifact else _checkpoint(args.model, args.quant)
     if args.json:
         print(json.dumps(facts))
@@ -35,17 +37,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _artifact(folder: Path) -> dict[str, Any]:
-    """Facts of an artifact: each library is loaded and asked."""
+    """Facts of an artifact: each library is loaded and asked; where that fails, `note` says why."""
     from qcc.runtime.artifact import Artifact
     from qcc.runtime.engine.library import Library
     from qcc.runtime.engine.memory import report
+    from qcc.runtime.errors import QccError
+    from qcc.runtime.machine import missing
 
     artifact = Artifact.open(folder)
+    artifact.verify()  # loading a library runs its code
     manifest = artifact.manifest
-    libraries = {}
+    libraries: dict[str, dict[str, Any]] = {}
     for name, entry in manifest.libraries.items():
-        metadata = Library(folder / entry.file).metadata
-        libraries[name] = {"file": entry.file, "bytes": entry.bytes, **report(metadata)}
+        facts = libraries[name] = {"file": entry.file, "bytes": entry.bytes}
+        lacking = ", ".join(missing(entry.requires))
+        if lacking:
+            facts["note"] = f"this machine lacks {lacking}"
+        try:
+            facts |= report(Library(folder / entry.file).metadata)
+        except QccError as err:
+            # One of another machine cannot be asked here; the rest of the folder can be shown.
+            facts.setdefault("note", str(err))
     weights = sum(record.nbytes for record in artifact.records.values())
     return {
         "artifact": str(folder),
@@ -108,6 +120,10 @@ def _print(facts: dict[str, Any]) -> None:
         print(f"{key.removesuffix('_bytes').replace('_', ' '):<20}{text}")
     for name, library in facts.get("libraries", {}).items():
         print(f"\nlibrary {name}  ({library['file']}, {library['bytes'] / 1e6:.1f} MB)")
+        if "note" in library:
+            print(f"  note: {library['note']}")
+        if "budget" not in library:
+            continue
         budget = library["budget"]
         print(f"  weights              {budget['weights'] / 1e6:10,.1f} MB")
         tokens = f"{library['kv_tokens']:,} tokens at {library['kv_bytes_per_token'] / 1e3:,.1f} kB"

@@ -1,0 +1,77 @@
+"""qcc show: checksums before code, libraries of other machines, folders that are not there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def artifact(tmp_path: Path, checkpoint: Any, compiled: Any) -> Path:
+    """A copy that may be spoilt."""
+    folder = tmp_path / "artifact"
+    shutil.copytree(compiled(checkpoint("llama")).artifact.folder, folder)
+    return folder
+
+
+def add_library(folder: Path, code: bytes, **requires: Any) -> None:
+    """Write a library lib/cpu-other.so that qcc.json knows, with the right checksum."""
+    (folder / "lib/cpu-other.so").write_bytes(code)
+    path = folder / "qcc.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    first = next(iter(data["libraries"].values()))
+    data["libraries"]["cpu-other"] = {
+        **first,
+        "file": "lib/cpu-other.so",
+        "bytes": len(code),
+        "sha256": hashlib.sha256(code).hexdigest(),
+        "requires": requires,
+    }
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def test_a_damaged_library_is_never_loaded(
+    artifact: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qcc.runtime.engine import library
+
+    def load(_path: Path) -> None:
+        pytest.fail("its code would have run")
+
+    monkeypatch.setattr(library, "Library", load)
+    path = next(artifact.glob("lib/*.so"))
+    code = bytearray(path.read_bytes())
+    code[len(code) // 2] ^= 1
+    path.write_bytes(code)
+    text = cli("show", artifact).error()
+    assert f"{path}: damaged: its sha256 is" in text
+
+
+def test_a_library_of_another_machine_is_noted(artifact: Path, cli: Any) -> None:
+    add_library(artifact, b"other code", machine="sparc")
+    ran = cli("show", artifact)
+    assert ran.status == 0, ran.err
+    blocks = ran.out.split("\nlibrary ")
+    assert len(blocks) == 3
+    assert "note: this machine lacks an sparc processor" in blocks[2]
+    assert "total" in blocks[1] and "note" not in blocks[1] and "total" not in blocks[2]
+    libraries = json.loads(cli("show", "--json", artifact).out)["libraries"]
+    assert libraries["cpu-other"]["note"] == "this machine lacks an sparc processor"
+    assert "budget" not in libraries["cpu-other"]
+
+
+def test_a_library_that_does_not_load_is_noted(artifact: Path, cli: Any) -> None:
+    add_library(artifact, b"no code")
+    ran = cli("show", artifact)
+    assert ran.status == 0, ran.err
+    assert f"note: {artifact}/lib/cpu-other.so: does not load (" in ran.out
+
+
+def test_what_is_no_folder_is_taken_for_a_checkpoint(cli: Any, tmp_path: Path) -> None:
+    assert "not a hub id of the form organization/name" in cli("show", tmp_path / "none").error()
+    assert "qcc.json" in cli("show", tmp_path).error()
