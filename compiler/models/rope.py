@@ -68,6 +68,13 @@ def rope_from_hf(
     partial = _within_or_beside(
         reader, scaling, "partial_rotary_factor", partial_key, partial_default
     )
+    # GPT-NeoX's own names have these as copies beside them in what transformers 4 saved.
+    for key, name, value in (
+        ("rope_theta", theta_key, theta),
+        ("partial_rotary_factor", partial_key, partial),
+    ):
+        if reader.get(key) is not None:
+            _agree(reader, key, reader.get(key), name, value)
     values: dict[str, Any] = {
         key: scaling[key] for key in (*required, *optional) if scaling.get(key) is not None
     }

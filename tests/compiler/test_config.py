@@ -272,6 +272,15 @@ def test_rope_keys_that_contradict_each_other() -> None:
     assert read(inside).rope == read({**LLAMA, "rope_theta": 500.0}).rope
 
 
+def test_gpt_neox_names_of_rope_and_their_copies() -> None:
+    copies = {"rope_theta": 10000, "partial_rotary_factor": 0.25}
+    named = {**NEOX, "rotary_emb_base": 10000, "rotary_pct": 0.25}
+    assert read({**named, **copies}) == read(named)
+    for key, value in (("rope_theta", 500), ("partial_rotary_factor", 1.0)):
+        with pytest.raises(QccError, match=rf"{key} {value} and rotary_\w+ .* contradict"):
+            read({**named, **copies, key: value})
+
+
 def test_windows_on_some_layers_are_refused() -> None:
     for change in (
         {"use_sliding_window": True},
