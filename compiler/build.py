@@ -13,9 +13,8 @@ from qcc.compiler.models.rope import frequencies
 from qcc.compiler.sizes import Sizes
 from qcc.compiler.weights.spec import WeightSpec
 from qcc.quant_schemes.scheme import FLOAT_DTYPES, Scheme
-from qcc.targets.spec import BuildOptions, KVCacheConfig, TargetSpec
+from qcc.targets.spec import PAGE_SIZE, BuildOptions, KVCacheConfig, TargetSpec
 
-PAGE_SIZE = 16  # tokens a page of the KV cache; stock clients use this one
 METADATA_FORMAT = 1
 
 

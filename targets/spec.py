@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PAGE_SIZE = 16  # tokens a page of the KV cache, on every target: stock clients ask for this one
+
 
 @dataclass(frozen=True)
 class KVCacheConfig:

@@ -16,7 +16,7 @@ import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from qcc.targets.spec import KVCacheConfig, KVKernels
+from qcc.targets.spec import PAGE_SIZE, KVCacheConfig, KVKernels
 
 FUNCTION = "create_tir_paged_kv_cache"
 PARAMETERS = (
@@ -32,7 +32,9 @@ _ROPE_NONE, _ROPE_NORMAL, _ROPE_INLINE = 0, 1, 2
 
 @tvm.transform.module_pass(opt_level=0, name="AttachKVCache")
 class AttachKVCache:
-    """Add `create_tir_paged_kv_cache`, each argument a 1-element shape; page_size must be 16.
+    """Add `create_tir_paged_kv_cache`, each argument a 1-element shape.
+
+    The VM refuses a page_size that is not PAGE_SIZE: the kernels are made for it.
 
     With config.sliding_window_size > 0 every cache supports sliding windows, whatever the last
     argument says; without, a cache asked to support them is refused by the runtime.
@@ -43,7 +45,8 @@ class AttachKVCache:
 
     def transform_module(self, mod: tvm.IRModule, ctx: Any) -> tvm.IRModule:
         bb = relax.BlockBuilder(mod)
-        sizes = [tirx.Var(name, "int64") for name in PARAMETERS]
+        sizes: list[Any] = [tirx.Var(name, "int64") for name in PARAMETERS]
+        sizes[PARAMETERS.index("page_size")] = tirx.IntImm("int64", PAGE_SIZE)
         params = [
             relax.Var(name, relax.ShapeType([size]))
             for name, size in zip(PARAMETERS, sizes, strict=True)

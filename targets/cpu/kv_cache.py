@@ -9,12 +9,12 @@ from tvm.relax.frontend.nn.llm import kv_cache as wheel
 from qcc.quant_schemes.attributes import OP_PATTERN, OPAQUE, SCHEDULED
 from qcc.runtime.errors import QccError
 from qcc.targets.cpu.kernels import rope
-from qcc.targets.cpu.kernels.attention import PAGE, Tile
+from qcc.targets.cpu.kernels.attention import Tile
 from qcc.targets.cpu.kernels.attention_decode import decode_kernel
 from qcc.targets.cpu.kernels.attention_prefill import Mask, prefill_kernel
 from qcc.targets.cpu.kernels.attention_state import merge_state, transpose_append
 from qcc.targets.cpu.kernels.attention_vector import Registers
-from qcc.targets.spec import KVCacheConfig, KVKernels
+from qcc.targets.spec import PAGE_SIZE, KVCacheConfig, KVKernels
 
 HEAD_DIM_STEP = 4  # the narrowest vector
 MAX_SLIDING = 1 << 16
@@ -44,9 +44,9 @@ def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
         tree_prefill=ragged if sliding else prefill_kernel(config, tile, False, "tree"),
         merge_state=merge_state(config, tile),
         split_rotary=rope.split_rotary(config, tile.lanes, with_table=rotated),
-        copy_single_page=_private(wheel._copy_single_page_cpu(shape[0], PAGE, *shape[1:])),
+        copy_single_page=_private(wheel._copy_single_page_cpu(shape[0], PAGE_SIZE, *shape[1:])),
         debug_get_kv=_private(wheel._kv_cache_debug_get_kv(config.num_hidden_layers, *shape)),
-        compact_copy=_private(wheel._compact_kv_copy_cpu(*shape, PAGE)),
+        compact_copy=_private(wheel._compact_kv_copy_cpu(*shape, PAGE_SIZE)),
         rope_table=rope.rope_table(config, tile.lanes) if rotated else None,
     )
 

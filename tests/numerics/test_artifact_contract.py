@@ -155,3 +155,13 @@ def test_every_function_has_a_memory_plan(metadata: Any) -> None:
     chunk = metadata["prefill_chunk_size"]
     assert usage["prefill"] >= chunk * 2 * 172 * 4
     assert usage["decode"] < usage["prefill"] <= usage["batch_verify"]
+
+
+def test_a_cache_of_another_page_size_is_refused(llm: Any) -> None:
+    """The kernels are made for pages of 16 tokens; any other would read the wrong memory."""
+    library = llm.model.library
+    make, shape = library.vm["create_tir_paged_kv_cache"], library.ffi.Shape
+    window = int(llm.limits.window is not None)
+    make(*(shape((size,)) for size in (1, 64, 32, 16, window)))
+    with pytest.raises(Exception, match="16"):
+        make(*(shape((size,)) for size in (1, 64, 32, 32, window)))

@@ -17,9 +17,8 @@ from tvm.tirx.script import builder as T
 
 from qcc.targets.cpu.kernels import attention_vector as vx
 from qcc.targets.cpu.kernels.attention_func import aux_buffer, tensor
-from qcc.targets.spec import KVCacheConfig
+from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
 
-PAGE = 16
 NO_KEY = -1.0e30  # log-sum-exp of a row without keys, and the running maximum before the first key
 MASKED = -3.0e38  # a masked score: below NO_KEY by more than any exponent, so its weight is 0
 
@@ -79,7 +78,7 @@ class PagedKeys:
         c = self.config
         self.num_pages, values = T.int64(), T.int32()
         self.pages = tensor(
-            "pages", (self.num_pages, 2, c.num_key_value_heads, PAGE, c.head_dim), c.dtype
+            "pages", (self.num_pages, 2, c.num_key_value_heads, PAGE_SIZE, c.head_dim), c.dtype
         )
         self.indptr = aux_buffer("page_indptr", (self.batch + 1,))
         self.values = aux_buffer("page_values", (values,))
@@ -89,7 +88,7 @@ class PagedKeys:
     def enter(self) -> None:
         """At the start of the body."""
         c = self.config
-        self.row = PAGE * c.head_dim  # elements between heads
+        self.row = PAGE_SIZE * c.head_dim  # elements between heads
         self.v_shift = c.num_key_value_heads * self.row
         self.k = self.v = vx.flat(self.pages, self.num_pages * (2 * self.v_shift))
 
@@ -101,7 +100,7 @@ class PagedKeys:
         """
         begin, end = T.bind(self.indptr[b]), T.bind(self.indptr[b + 1])
         self.begin, self.head = begin, head
-        full = (end - begin - 1) * PAGE
+        full = (end - begin - 1) * PAGE_SIZE
         if self.sliding:
             self.sink = T.bind(self.lengths[2, b])
             self.skip = T.bind(self.lengths[1, b] - self.sink)
@@ -116,7 +115,7 @@ class PagedKeys:
         if self.sliding:
             slot = vx.keep_int(key + T.Select(key < self.sink, 0, self.skip))
         page = vx.cast(self.values[self.begin + T.shift_right(slot, 4)], "int64", 1)
-        in_page = T.bitwise_and(slot, PAGE - 1) * self.config.head_dim
+        in_page = T.bitwise_and(slot, PAGE_SIZE - 1) * self.config.head_dim
         return page * (2 * self.v_shift) + self.head * self.row + in_page
 
 

@@ -14,7 +14,6 @@ from qcc.targets.cpu.kernels import attention_vector as vx
 from qcc.targets.cpu.kernels.attention import (
     MASKED,
     NO_KEY,
-    PAGE,
     PagedKeys,
     Tile,
     emit_normalizer,
@@ -23,7 +22,7 @@ from qcc.targets.cpu.kernels.attention import (
 )
 from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, tensor
 from qcc.targets.cpu.kernels.rope import Rotation
-from qcc.targets.spec import KVCacheConfig
+from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
 
 
 def decode_kernel(config: KVCacheConfig, tile: Tile, sliding: bool) -> Any:
@@ -75,17 +74,17 @@ class _Decode:
         self.sums = T.alloc_buffer((group * c.head_dim,), "float32")
         self.offsets = T.alloc_buffer((tile.keys,), "int64")
         self.top, self.mass, self.decay = (
-            T.alloc_buffer((group * PAGE,), "float32") for _ in range(3)
+            T.alloc_buffer((group * PAGE_SIZE,), "float32") for _ in range(3)
         )
         if self.sliding:
             self.rotated = T.alloc_buffer((tile.keys * c.head_dim,), "float32")
-            self.rotation.prepare(PAGE)
+            self.rotation.prepare(PAGE_SIZE)
         with T.serial(0, group) as g:
             for d in range(0, c.head_dim, tile.dim_lanes):
                 zero = vx.splat(0.0, tile.dim_lanes)
                 vx.store(self.sums, g * c.head_dim + d, zero, tile.dim_lanes)
-            vx.store(self.top, g * PAGE, vx.splat(NO_KEY, PAGE), PAGE)
-            vx.store(self.mass, g * PAGE, vx.splat(0.0, PAGE), PAGE)
+            vx.store(self.top, g * PAGE_SIZE, vx.splat(NO_KEY, PAGE_SIZE), PAGE_SIZE)
+            vx.store(self.mass, g * PAGE_SIZE, vx.splat(0.0, PAGE_SIZE), PAGE_SIZE)
         self._phases()
         self._finish()
 
@@ -132,8 +131,8 @@ class _Decode:
         with T.serial(0, (stop - begin + tile.keys - 1) // tile.keys) as t:
             first = T.bind(begin + t * tile.keys)
             count = vx.keep_int(T.min(tile.keys, stop - first))
-            pages = T.bind((count + PAGE - 1) // PAGE)
-            with T.serial(0, pages * PAGE) as j:
+            pages = T.bind((count + PAGE_SIZE - 1) // PAGE_SIZE)
+            with T.serial(0, pages * PAGE_SIZE) as j:
                 key = vx.keep_int(T.min(first + j, stop - 1))
                 vx.store(self.offsets, j, self.keys.offset(key), 1)
             with T.serial(0, pages) as page:
@@ -146,7 +145,7 @@ class _Decode:
                 self.group,
                 min(block, tile.rows_at_once(block)),
                 self.sums,
-                lambda g: vx.load(self.decay, g * PAGE, 1),
+                lambda g: vx.load(self.decay, g * PAGE_SIZE, 1),
                 lambda key, g: vx.load(self.scores, g * tile.keys + key, 1),
                 count,
                 lambda key: (self.keys.v, vx.load(self.offsets, key, 1) + self.keys.v_shift),
@@ -155,66 +154,66 @@ class _Decode:
     def _score_page(self, page: Any, first: Any, stop: Any) -> None:
         """scores[g, 16 keys] of every head of the group."""
         tile, dim, lanes = self.tile, self.config.head_dim, self.tile.dim_lanes
-        source, at = self.keys.k, [T.bind(vx.load(self.offsets, page * PAGE, 1))]
+        source, at = self.keys.k, [T.bind(vx.load(self.offsets, page * PAGE_SIZE, 1))]
         # Without a window a tile starts at a page, so its rows follow one another.
-        at += [at[0] + k * dim for k in range(1, PAGE)]
+        at += [at[0] + k * dim for k in range(1, PAGE_SIZE)]
         if self.rotation:
-            base = T.bind(page * (PAGE * dim))
-            source, at = self.rotated, [base + k * dim for k in range(PAGE)]
+            base = T.bind(page * (PAGE_SIZE * dim))
+            source, at = self.rotated, [base + k * dim for k in range(PAGE_SIZE)]
             self.rotation.keys(
-                PAGE,
-                T.bind(self.k_base + first + page * PAGE),
+                PAGE_SIZE,
+                T.bind(self.k_base + first + page * PAGE_SIZE),
                 lambda k, d, width: vx.load(
-                    self.keys.k, vx.load(self.offsets, page * PAGE + k, 1) + d, width
+                    self.keys.k, vx.load(self.offsets, page * PAGE_SIZE + k, 1) + d, width
                 ),
                 lambda k, d, value, width: vx.store(self.rotated, base + k * dim + d, value, width),
             )
-        ramp = vx.constants(list(range(PAGE)), "int32")
+        ramp = vx.constants(list(range(PAGE_SIZE)), "int32")
         with T.serial(0, self.group) as g:
             query = [
                 T.bind(vx.load(self.queries, g * dim + d, lanes)) for d in range(0, dim, lanes)
             ]
             dots = []
-            for k in range(PAGE):
+            for k in range(PAGE_SIZE):
                 dot = T.bind(vx.load(source, at[k], lanes) * query[0])
                 for i, part in enumerate(query[1:], 1):
                     dot = T.bind(
                         vx.fma(vx.load(source, at[k] + i * lanes, lanes), part, dot, lanes)
                     )
                 dots.append(dot)
-            place = first + page * PAGE
-            valid = vx.splat(place, PAGE) + ramp < vx.splat(stop, PAGE)
-            score = T.Select(valid, vx.lane_sums(dots, lanes), vx.splat(MASKED, PAGE))
-            vx.store(self.scores, g * tile.keys + page * PAGE, score, PAGE)
+            place = first + page * PAGE_SIZE
+            valid = vx.splat(place, PAGE_SIZE) + ramp < vx.splat(stop, PAGE_SIZE)
+            score = T.Select(valid, vx.lane_sums(dots, lanes), vx.splat(MASKED, PAGE_SIZE))
+            vx.store(self.scores, g * tile.keys + page * PAGE_SIZE, score, PAGE_SIZE)
 
     def _softmax(self, g: Any, pages: Any) -> None:
         """Scores become weights relative to the new maximum; decay is what the old sums keep."""
         row = T.bind(g * self.tile.keys)
-        old = T.bind(vx.load(self.top, g * PAGE, PAGE))
-        top = vx.Reg(PAGE, old)
+        old = T.bind(vx.load(self.top, g * PAGE_SIZE, PAGE_SIZE))
+        top = vx.Reg(PAGE_SIZE, old)
         with T.serial(0, pages) as page:
-            top.set(T.max(top.get(), vx.load(self.scores, row + page * PAGE, PAGE)))
-        new = T.bind(vx.across(T.bind(top.get()), PAGE, T.max))
-        decay = vx.exp2(old - new, PAGE)
-        mass = vx.Reg(PAGE, vx.load(self.mass, g * PAGE, PAGE) * decay)
+            top.set(T.max(top.get(), vx.load(self.scores, row + page * PAGE_SIZE, PAGE_SIZE)))
+        new = T.bind(vx.across(T.bind(top.get()), PAGE_SIZE, T.max))
+        decay = vx.exp2(old - new, PAGE_SIZE)
+        mass = vx.Reg(PAGE_SIZE, vx.load(self.mass, g * PAGE_SIZE, PAGE_SIZE) * decay)
         with T.serial(0, pages) as page:
-            at = T.bind(row + page * PAGE)
-            weight = vx.exp2(vx.load(self.scores, at, PAGE) - new, PAGE)
+            at = T.bind(row + page * PAGE_SIZE)
+            weight = vx.exp2(vx.load(self.scores, at, PAGE_SIZE) - new, PAGE_SIZE)
             mass.set(mass.get() + weight)
-            vx.store(self.scores, at, weight, PAGE)
-        vx.store(self.top, g * PAGE, new, PAGE)
-        vx.store(self.mass, g * PAGE, mass.get(), PAGE)
-        vx.store(self.decay, g * PAGE, decay, PAGE)
+            vx.store(self.scores, at, weight, PAGE_SIZE)
+        vx.store(self.top, g * PAGE_SIZE, new, PAGE_SIZE)
+        vx.store(self.mass, g * PAGE_SIZE, mass.get(), PAGE_SIZE)
+        vx.store(self.decay, g * PAGE_SIZE, decay, PAGE_SIZE)
 
     def _finish(self) -> None:
         dim, lanes = self.config.head_dim, self.tile.dim_lanes
         with T.serial(0, self.group) as g:
-            partial = T.bind(vx.load(self.mass, g * PAGE, PAGE))
-            total = vx.across(partial, PAGE, lambda a, b: a + b)
-            vx.store(self.mass, g * PAGE, total, PAGE)
-            emit_normalizer(self.top, self.mass, self.decay, g * PAGE, PAGE)
-            vx.store(self.lse_flat, self.q_row + g, vx.load(self.top, g * PAGE, 1), 1)
-            inverse = T.bind(vx.splat(vx.load(self.decay, g * PAGE, 1), lanes))
+            partial = T.bind(vx.load(self.mass, g * PAGE_SIZE, PAGE_SIZE))
+            total = vx.across(partial, PAGE_SIZE, lambda a, b: a + b)
+            vx.store(self.mass, g * PAGE_SIZE, total, PAGE_SIZE)
+            emit_normalizer(self.top, self.mass, self.decay, g * PAGE_SIZE, PAGE_SIZE)
+            vx.store(self.lse_flat, self.q_row + g, vx.load(self.top, g * PAGE_SIZE, 1), 1)
+            inverse = T.bind(vx.splat(vx.load(self.decay, g * PAGE_SIZE, 1), lanes))
             for d in range(0, dim, lanes):
                 value = vx.load(self.sums, g * dim + d, lanes) * inverse
                 vx.store(self.out_flat, (self.q_row + g) * dim + d, value, lanes)

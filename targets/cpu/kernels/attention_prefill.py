@@ -16,7 +16,6 @@ from qcc.targets.cpu.kernels import attention_vector as vx
 from qcc.targets.cpu.kernels.attention import (
     MASKED,
     NO_KEY,
-    PAGE,
     PagedKeys,
     RaggedKeys,
     Tile,
@@ -26,7 +25,7 @@ from qcc.targets.cpu.kernels.attention import (
 )
 from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, tensor
 from qcc.targets.cpu.kernels.rope import Rotation
-from qcc.targets.spec import KVCacheConfig
+from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
 
 Mask = Literal["plain", "sliding", "tree"]
 
@@ -137,7 +136,7 @@ class _Prefill:
         if self.sliding:
             self.rotated = T.alloc_buffer((tile.keys * dim,), "float32")
             self.row = T.alloc_buffer((dim,), "float32")
-            self.rotation.prepare(PAGE)
+            self.rotation.prepare(PAGE_SIZE)
         if self.mask == "tree":
             self.bounds = [T.alloc_buffer((tile.keys,), "int32") for _ in range(2)]
             self.tree0 = T.bind(self.tree_indptr[b])
@@ -238,7 +237,7 @@ class _Prefill:
         with T.serial(0, (stop - begin + tile.keys - 1) // tile.keys) as t:
             first = T.bind(begin + t * tile.keys)
             count = vx.keep_int(T.min(tile.keys, stop - first))
-            with T.serial(0, (count + PAGE - 1) // PAGE * PAGE) as j:
+            with T.serial(0, (count + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE) as j:
                 key = vx.keep_int(T.min(first + j, stop - 1))
                 vx.store(self.offsets, j, self.keys.offset(key), 1)
                 if self.mask == "tree":
@@ -269,15 +268,15 @@ class _Prefill:
 
     def _rotate_keys(self, first: Any, count: Any) -> None:
         dim = self.config.head_dim
-        with T.serial(0, (count + PAGE - 1) // PAGE) as g:
+        with T.serial(0, (count + PAGE_SIZE - 1) // PAGE_SIZE) as g:
             self.rotation.keys(
-                PAGE,
-                T.bind(self.k_base + first + g * PAGE),
+                PAGE_SIZE,
+                T.bind(self.k_base + first + g * PAGE_SIZE),
                 lambda k, d, lanes: vx.load(
-                    self.keys.k, vx.load(self.offsets, g * PAGE + k, 1) + d, lanes
+                    self.keys.k, vx.load(self.offsets, g * PAGE_SIZE + k, 1) + d, lanes
                 ),
                 lambda k, d, value, lanes: vx.store(
-                    self.rotated, (g * PAGE + k) * dim + d, value, lanes
+                    self.rotated, (g * PAGE_SIZE + k) * dim + d, value, lanes
                 ),
             )
 

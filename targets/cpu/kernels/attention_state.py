@@ -7,9 +7,9 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from qcc.targets.cpu.kernels import attention_vector as vx
-from qcc.targets.cpu.kernels.attention import PAGE, Tile, when
+from qcc.targets.cpu.kernels.attention import Tile, when
 from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, tensor
-from qcc.targets.spec import KVCacheConfig
+from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
 
 _PARALLEL_TOKENS = 8  # fewer are not worth waking the threads
 
@@ -49,21 +49,21 @@ def transpose_append(config: KVCacheConfig, tile: Tile) -> Any:
     heads, dim, lanes = config.num_key_value_heads, config.head_dim, tile.dim_lanes
     with kernel("kv_cache_transpose_append") as build:
         n, num_pages = T.int64(), T.int64()
-        pages = tensor("pages", (num_pages, 2, heads, PAGE, dim), config.dtype)
+        pages = tensor("pages", (num_pages, 2, heads, PAGE_SIZE, dim), config.dtype)
         new = [tensor(name, (n, heads, dim), config.dtype) for name in ("k_data", "v_data")]
         slots = aux_buffer("position_map", (n,))
         with build.body():
-            pages = vx.flat(pages, num_pages * (2 * heads * PAGE * dim))
+            pages = vx.flat(pages, num_pages * (2 * heads * PAGE_SIZE * dim))
             new = [vx.flat(x, n * (heads * dim)) for x in new]
 
             def token(i: Any) -> None:
                 slot = T.bind(vx.cast(slots[i], "int64", 1))
                 with when(slot >= 0):
                     page, place = T.shift_right(slot, T.int64(4)), T.bitwise_and(slot, T.int64(15))
-                    base = T.bind(page * (2 * heads * PAGE * dim) + place * dim)
+                    base = T.bind(page * (2 * heads * PAGE_SIZE * dim) + place * dim)
                     with T.serial(0, heads) as h:
                         for which, source in enumerate(new):
-                            to = T.bind(base + (which * heads + h) * (PAGE * dim))
+                            to = T.bind(base + (which * heads + h) * (PAGE_SIZE * dim))
                             for d in range(0, dim, lanes):
                                 value = source[vx.index((i * heads + h) * dim + d, lanes)]
                                 T.buffer_store(pages, value, [vx.index(to + d, lanes)])
