@@ -10,7 +10,8 @@ from qcc.runtime.engine.library import total_pages
 from qcc.runtime.engine.metadata import Metadata
 from qcc.runtime.errors import QccError
 
-GENERATING = ("embed", "prefill", "decode", "batch_prefill", "batch_decode")
+SINGLE = ("embed", "prefill", "decode")
+BATCHED = ("batch_prefill", "batch_decode")  # run for two sequences and more only
 
 
 def available_bytes() -> int:
@@ -53,7 +54,9 @@ class Budget:
 def budget(meta: Metadata, max_batch_size: int, total_tokens: int) -> Budget:
     """The budget with a KV cache of `total_tokens`, from the library's own figures."""
     pages = total_pages(meta, max_batch_size, total_tokens)
-    used = [size for name, size in meta.memory_usage.items() if name in GENERATING]
+    # Each function's temporaries are sized for the library's bounds, however few sequences run.
+    names = SINGLE + BATCHED if max_batch_size > 1 else SINGLE
+    used = [size for name, size in meta.memory_usage.items() if name in names]
     return Budget(
         meta.weight_bytes,
         pages * meta.page_size * meta.kv_token_bytes
@@ -77,7 +80,7 @@ def choose_total_tokens(meta: Metadata, length: int, max_batch_size: int, availa
     fits = fits // meta.page_size * meta.page_size
     if fits >= length:
         return fits
-    need = budget(meta, 1, length)
+    need = budget(meta, max_batch_size, length)
     text = (
         f"the model needs {need.total / 1e6:,.0f} MB ({need}), available are "
         f"{available / 1e6:,.0f} MB"

@@ -219,6 +219,15 @@ def test_the_budget_is_the_sum_of_its_parts() -> None:
     assert found.total == 4_000_000 + 5000 + found.kv_cache
 
 
+def test_one_sequence_needs_no_temporaries_of_a_batch() -> None:
+    meta = metadata(memory_usage={"prefill": 5000, "decode": 100, "batch_decode": 8_000_000})
+    assert [budget(meta, batch, 1024).temporaries for batch in (1, 2, 4)] == [5000, 8e6, 8e6]
+    fits = budget(meta, 1, 1024).total
+    assert choose_total_tokens(meta, 1024, 1, fits) == 1024
+    with pytest.raises(QccError, match=r"needs 15 MB .* temporaries 8 MB\), available are 7 MB"):
+        choose_total_tokens(meta, 1024, 2, fits)
+
+
 def test_the_cache_shrinks_to_what_fits_down_to_one_sequence() -> None:
     meta = metadata()
     whole = budget(meta, 4, 4096).total
