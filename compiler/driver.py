@@ -18,7 +18,7 @@ from qcc.compiler.chat_config import fitting_vocabulary, write_chat_config
 from qcc.compiler.config import read_json
 from qcc.compiler.models import find_architecture
 from qcc.compiler.output_folder import locked, publish, staging
-from qcc.compiler.sizes import SizeFlags, Sizes, choose_sizes
+from qcc.compiler.sizes import SizeFlags, Sizes, choose_sizes, context_note
 from qcc.compiler.source import checksum, locate, stamp
 from qcc.compiler.steps import Steps
 from qcc.compiler.weights.checkpoint import Checkpoint
@@ -79,6 +79,8 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
         tokens = fitting_vocabulary(source, plan.config).size
         plan = dataclasses.replace(plan, active_vocab_size=tokens)
         step.note = f"{plan.config.model_type}, {_parameters(specs):,} parameters"
+    if note := context_note(options.sizes, plan.sizes):
+        steps.line(f"  {note}")
     with checkpoint, ThreadPoolExecutor(1) as pool, staging(out) as work:
         source_sum = pool.submit(checksum, source)
         before = _check_folder(out, plan, specs, source_sum.result, options.force)
