@@ -13,7 +13,7 @@ EXAMPLE = "qcc show ./llama-q4"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `show`."""
-    parser.add_argument("model", metavar="ARTIFACT|MODEL", help="artifact or checkpoint folder")
+    parser.add_argument("model", metavar="ARTIFACT|MODEL", help="artifact, checkpoint or hub id")
     parser.add_argument(
         "--quant", default="q4f16_1", metavar="SCHEME", help="scheme to estimate a checkpoint with"
     )
