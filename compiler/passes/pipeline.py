@@ -18,7 +18,6 @@ from qcc.compiler.passes.bound_shapes import BoundShapes
 from qcc.compiler.passes.dump_ir import DumpIR
 from qcc.compiler.passes.hoist_repack import HoistRepack
 from qcc.compiler.passes.quantize_weights import QuantizeWeights
-from qcc.compiler.passes.storage_in_bytes import StorageInBytes
 from qcc.quant_schemes.attributes import SCHEDULED
 
 
@@ -62,7 +61,6 @@ def lowering(
         t.RemovePurityChecking(),
         t.CallTIRRewrite(),
         t.StaticPlanBlockMemory(),
-        StorageInBytes(),
         metadata,
         t.LowerAllocTensor(),
         t.KillAfterLastUse(),
