@@ -1,6 +1,7 @@
 """qcc.compiler.models: one file an architecture, over shared blocks.
 
   rope.py          rotary position embeddings
+  reading.py       the fields of config.json that architectures share
   blocks.py        the parts: linear, norms, attention over the paged KV cache, MLPs, the decoder
   architecture.py  Architecture: what an architecture's file defines
   <arch>.py        its config mapping, its module, its weight map
@@ -22,7 +23,7 @@ from qcc.runtime.errors import QccError
 if TYPE_CHECKING:
     from qcc.compiler.models.architecture import Architecture
 
-_SHARED = {"rope", "blocks", "architecture"}
+_SHARED = {"rope", "blocks", "reading", "architecture"}
 
 
 @cache

@@ -7,10 +7,9 @@ from typing import Any
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from qcc.compiler.config import ConfigReader, ModelConfig, attention_heads
+from qcc.compiler.config import ConfigReader, ModelConfig
 from qcc.compiler.models.architecture import Architecture, WeightSource
 from qcc.compiler.models.blocks import (
-    ACTIVATIONS,
     Attention,
     CausalLM,
     LayerNorm,
@@ -18,7 +17,7 @@ from qcc.compiler.models.blocks import (
     Names,
     activation,
 )
-from qcc.compiler.models.rope import rope_from_hf
+from qcc.compiler.models.reading import read_common
 from qcc.compiler.weights.spec import SourceTensor
 
 NAMES = Names("gpt_neox", "embed_in", "final_layer_norm", "embed_out")
@@ -27,37 +26,23 @@ NAMES = Names("gpt_neox", "embed_in", "final_layer_norm", "embed_out")
 def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """config.json of a GPTNeoXForCausalLM."""
     reader = ConfigReader(raw, where)
-    hidden, heads, kv_heads, head_dim = attention_heads(reader)
-    positions = reader.integer("max_position_embeddings", 2048)
     bias = reader.flag("attention_bias", True)
-    config = ModelConfig(
-        model_type="gpt_neox",
-        hidden_size=hidden,
-        intermediate_size=reader.integer("intermediate_size"),
-        num_hidden_layers=reader.integer("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=reader.integer("vocab_size"),
-        max_position_embeddings=positions,
-        norm_eps=reader.number("layer_norm_eps", 1e-5),
-        hidden_act=reader.choice("hidden_act", ACTIVATIONS, "gelu"),
-        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        rope=rope_from_hf(
-            reader,
-            head_dim,
-            positions,
-            theta_key="rotary_emb_base",
-            partial_key="rotary_pct",
-            partial_default=0.25,
-        ),
+    return read_common(
+        reader,
+        "gpt_neox",
+        default_positions=2048,
+        norm_eps=("layer_norm_eps", 1e-5),
+        default_act="gelu",
+        rope_keys={
+            "theta_key": "rotary_emb_base",
+            "partial_key": "rotary_pct",
+            "partial_default": 0.25,
+        },
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=True,
         parallel_residual=reader.flag("use_parallel_residual", True),
     )
-    reader.finish()
-    return config
 
 
 class MLP(nn.Module):  # type: ignore[misc]

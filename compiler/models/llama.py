@@ -7,53 +7,18 @@ from typing import Any
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
-from qcc.compiler.config import ConfigReader, ModelConfig, attention_heads
+from qcc.compiler.config import ConfigReader, ModelConfig
 from qcc.compiler.models.architecture import Architecture, WeightSource, stacked
 from qcc.compiler.models.blocks import (
-    ACTIVATIONS,
     Attention,
     CausalLM,
     GatedMLP,
     Names,
     RMSNorm,
 )
-from qcc.compiler.models.rope import rope_from_hf
+from qcc.compiler.models.reading import read_common
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def read_common(
-    reader: ConfigReader,
-    model_type: str,
-    *,
-    default_positions: int,
-    default_kv_heads: int | None = None,
-    **switches: Any,
-) -> ModelConfig:
-    """The fields that Llama and its relatives share; `switches` are those that differ.
-
-    The defaults are those of transformers' config class of `model_type`.
-    """
-    hidden, heads, kv_heads, head_dim = attention_heads(reader, default_kv_heads)
-    positions = reader.integer("max_position_embeddings", default_positions)
-    config = ModelConfig(
-        model_type=model_type,
-        hidden_size=hidden,
-        intermediate_size=reader.integer("intermediate_size"),
-        num_hidden_layers=reader.integer("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=reader.integer("vocab_size"),
-        max_position_embeddings=positions,
-        norm_eps=reader.number("rms_norm_eps", 1e-6),
-        hidden_act=reader.choice("hidden_act", ACTIVATIONS, "silu"),
-        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        rope=rope_from_hf(reader, head_dim, positions),
-        **switches,
-    )
-    reader.finish()
-    return config
 
 
 def read_config(raw: dict[str, Any], where: str) -> ModelConfig:

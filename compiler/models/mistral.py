@@ -6,7 +6,8 @@ from typing import Any
 
 from qcc.compiler.config import ConfigReader, ModelConfig
 from qcc.compiler.models.architecture import Architecture
-from qcc.compiler.models.llama import build, read_common, source
+from qcc.compiler.models.llama import build, source
+from qcc.compiler.models.reading import read_common
 
 
 def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
