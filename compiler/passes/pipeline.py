@@ -27,7 +27,7 @@ def front_end(
     sampling: AttachSampling,
     logits: AttachLogitProcessing,
 ) -> list[Any]:
-    """Float module -> quantized module with all that clients call; runs wherever the KV cache's kernels do."""
+    """Float module -> quantized module with all that clients call; runs where its kernels do."""
     return [quantize, kv_cache, sampling, logits]
 
 
