@@ -12,7 +12,8 @@ from qcc.compiler.models.architecture import Architecture
 from qcc.compiler.models.rope import frequencies
 from qcc.compiler.sizes import Sizes
 from qcc.compiler.weights.spec import WeightSpec
-from qcc.quant_schemes.scheme import FLOAT_DTYPES, Scheme
+from qcc.quant_schemes.format import FLOAT_DTYPES
+from qcc.quant_schemes.scheme import Scheme
 from qcc.targets.spec import PAGE_SIZE, BuildOptions, KVCacheConfig, TargetSpec
 
 METADATA_FORMAT = 1
@@ -30,15 +31,33 @@ class Plan:
 
 
 def weight_specs(plan: Plan) -> tuple[WeightSpec, ...]:
-    """Every weight of the model in parameter order, with sources and formats."""
+    """Every weight of the model in parameter order, with sources and formats.
+
+    A fused weight whose sources have different formats is stored as these sources.
+
+    Raises:
+        SchemeError: a rule of the scheme matches nothing that it could quantize.
+    """
     from qcc.compiler.models.blocks import parameters
 
-    architecture, config = plan.architecture, plan.config
-    specs = []
+    architecture, config, scheme = plan.architecture, plan.config, plan.scheme
+    specs: list[WeightSpec] = []
+    names: list[tuple[list[str], str, int]] = []
     for name, shape in parameters(architecture.module(config)):
         made = architecture.source(config, name, shape)
-        fmt = plan.scheme.format_of(name, role=architecture.role(name, shape), ndim=len(shape))
-        specs.append(WeightSpec(name, shape, fmt, made.sources, made.transform))
+        role, ndim = architecture.role(name, shape), len(shape)
+        names.append(([name, *(s.name for s in made.sources if s.name != name)], role, ndim))
+        formats = [
+            scheme.format_of(source.name, role=role, ndim=ndim, fused=name)
+            for source in made.sources
+        ]
+        if len(set(formats)) == 1 or made.transform is not None:
+            fmt = scheme.format_of(name, role=role, ndim=ndim, fused=made.sources[0].name)
+            specs.append(WeightSpec(name, shape, fmt, made.sources, made.transform, role))
+            continue
+        for source, fmt in zip(made.sources, formats, strict=True):
+            specs.append(WeightSpec(source.name, source.shape, fmt, (source,), None, role, name))
+    scheme.check(names)
     return tuple(specs)
 
 

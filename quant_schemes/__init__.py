@@ -2,9 +2,11 @@
 
 In the order in which data passes:
   errors.py     SchemeError, the one-line error of a bad scheme
-  scheme.py     WeightFormat, Scheme, and reading schemes/*.yaml
+  format.py     WeightFormat: how the numbers of a weight are stored
+  format_text.py  FORMAT, what a user writes for one
+  scheme.py     Scheme, and reading schemes/*.yaml
   schemes/      one YAML file a scheme; the file name is the name after --quant
-  rounding/     how codes are chosen: one file a method (rtn)
+  rounding/     how codes are chosen: one file a method (rtn, mse, hqq, imse, awq, gptq)
   attributes.py  by which PrimFuncs say what they are: qcc.role, qcc.format
   packing.py    codes <-> words, each format twice: as numpy and as a TIR expression
 """

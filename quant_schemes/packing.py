@@ -1,21 +1,31 @@
 """Codes <-> uint32 words and stored parts -> weights, each twice: as numpy and as a TIR expression.
 
-CONTRACTS section 1, E = 32 // bits codes in a word, M = 2^(bits-1) - 1:
-    word[j] = sum over e < E of code[j*E + e] << (e*bits)    w' = (code - M) * scale
-Layout NK: q_weight uint32[n, ceil(k/group)*group/E], q_scale[n, ceil(k/group)]; KN: transposed.
-Codes past k are 0. How codes are chosen is the business of rounding/.
+A row of codes is a dense stream, least significant bit first, padded with 0 to whole groups:
+    code i is at bits [i*bits, (i+1)*bits) of the row's words, so that 32 codes are `bits` words
+The contract's 3 bits in groups of 40 alone put 10 codes in a word and leave its top 2 bits 0.
+    NK:  q_weight       uint32[n, ceil(g*G*bits / 32)]    g = ceil(k/G) groups, G = group (a row:
+         q_scale        dtype[n, g]                       k rounded up to 32; a tensor: likewise,
+         q_bias         dtype[n, g]                       and q_scale, q_bias, q_zero have 1 row)
+         q_zero         uint32[n, ceil(g*bits / 32)]      a stream of zero points, like codes
+    two-level:
+         q_scale        uint32[n, ceil(g*scale_bits / 32)]   a stream of scale codes
+         q_bias         uint32[n, ceil(g*scale_bits / 32)]   a stream of bias codes
+         q_block_scale, q_block_bias   dtype[n, ceil(k/256)]
+    KN:  all of them transposed
+How codes are chosen is the business of rounding/.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from qcc.quant_schemes.scheme import WeightFormat
+from qcc.quant_schemes.format import BLOCK, UNIT, WeightFormat, stream_words
 
 Array = npt.NDArray[Any]
 
@@ -25,6 +35,94 @@ def float_dtype(name: str) -> np.dtype[Any]:
     return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
 
 
+@dataclass(frozen=True)
+class Grid:
+    """What turns the codes of a weight [n, k] into numbers, before packing; rows first.
+
+    `scale` and `bias`: fmt.dtype[n, groups], or with two-level scales uint8[n, groups] codes under
+    `block_scale` and `block_bias` fmt.dtype[n, blocks]. `zero` uint8[n, groups]. One row instead of
+    n where the group is the tensor.
+    """
+
+    scale: Array
+    bias: Array | None = None
+    zero: Array | None = None
+    block_scale: Array | None = None
+    block_bias: Array | None = None
+
+    def numbers(self, fmt: WeightFormat) -> tuple[Array, Array]:
+        """(scale, bias) f32[n, groups] of w' = q * scale + bias.
+
+        For a symmetric grid the bias is -zero * scale.
+        """
+        scale, bias = self.scale.astype(np.float32), self.bias
+        if fmt.scale_bits is not None:
+            scale = (scale - np.float32(fmt.scale_zero)) * self._spread(self.block_scale, fmt)
+        if fmt.grid == "asymmetric":
+            assert bias is not None
+            offset = bias.astype(np.float32)
+            if fmt.scale_bits is not None:
+                offset = offset * self._spread(self.block_bias, fmt)
+            return scale, offset
+        zero = np.float32(fmt.zero_code) if self.zero is None else self.zero.astype(np.float32)
+        return scale, -zero * scale
+
+    def _spread(self, of_blocks: Array | None, fmt: WeightFormat) -> Array:
+        """Numbers of blocks [n, blocks] -> of their groups f32[n, groups]."""
+        assert of_blocks is not None and isinstance(fmt.group, int)
+        per_group = np.repeat(of_blocks.astype(np.float32), BLOCK // fmt.group, axis=1)
+        return per_group[:, : self.scale.shape[1]]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized weight before packing: `codes` uint8[n, k] and their grid."""
+
+    codes: Array
+    grid: Grid
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Quantized]) -> Quantized:
+        """Weights of one format (no tensor-wide scale), one below the other."""
+        stacked = {}
+        for item in fields(Grid):
+            each = [getattr(part.grid, item.name) for part in parts]
+            stacked[item.name] = None if each[0] is None else np.concatenate(each)
+        return cls(np.concatenate([part.codes for part in parts]), Grid(**stacked))
+
+
+def pack_stream(codes: Array, bits: int) -> npt.NDArray[np.uint32]:
+    """Unsigned codes [n, m] -> uint32[n, ceil(m*bits / 32)], a dense stream for each row."""
+    n, m = codes.shape
+    words = np.zeros((n, stream_words(m, bits)), np.uint32)
+    for i in range(min(UNIT, m)):  # codes UNIT apart lie at the same bits of words `bits` apart
+        word, shift = divmod(i * bits, 32)
+        part = codes[:, i::UNIT].astype(np.uint64) << np.uint64(shift)
+        words[:, word::bits][:, : part.shape[1]] |= (part & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        if shift + bits > 32:
+            over = words[:, word + 1 :: bits]
+            over |= (part >> np.uint64(32)).astype(np.uint32)[:, : over.shape[1]]
+    return words
+
+
+def unpack_stream(words: Array, bits: int, count: int) -> npt.NDArray[np.uint8]:
+    """The inverse of `pack_stream`: the first `count` codes of each row, uint8[n, count]."""
+    n = len(words)
+    assert words.shape == (n, stream_words(count, bits)), f"{words.shape} for {count} codes"
+    wide = np.zeros((n, words.shape[1] + 1), np.uint64)
+    wide[:, :-1] = words
+    codes = np.empty((n, count), np.uint8)
+    mask = np.uint64(2**bits - 1)
+    for i in range(min(UNIT, count)):
+        word, shift = divmod(i * bits, 32)
+        at = np.arange(word, word + bits * (-(-(count - i) // UNIT)), bits)
+        value = wide[:, at] >> np.uint64(shift)
+        if shift + bits > 32:
+            value |= wide[:, at + 1] << np.uint64(32 - shift)
+        codes[:, i::UNIT] = value & mask
+    return codes
+
+
 def pack(codes: Array, fmt: WeightFormat) -> npt.NDArray[np.uint32]:
     """Pack codes, an unsigned [n, k], into words in the format's layout.
 
@@ -32,20 +130,28 @@ def pack(codes: Array, fmt: WeightFormat) -> npt.NDArray[np.uint32]:
         uint32[n, num_words(k)] for NK, C-contiguous; its transpose for KN.
     """
     n, k = codes.shape
-    per_word = fmt.codes_per_word
-    padded = np.zeros((n, fmt.num_words(k) * per_word), np.uint8)
+    words = fmt.num_words(k)
+    if not fmt.sparse_words:
+        padded = np.zeros((n, fmt.num_groups(k) * fmt.group_size(k)), np.uint8)
+        padded[:, :k] = codes
+        return in_layout(pack_stream(padded, fmt.bits), fmt)
+    per_word = 32 // fmt.bits
+    padded = np.zeros((n, words * per_word), np.uint8)
     padded[:, :k] = codes
-    words = np.zeros((n, fmt.num_words(k)), np.uint32)
+    packed = np.zeros((n, words), np.uint32)
     for e in range(per_word):
-        words |= padded[:, e::per_word].astype(np.uint32) << np.uint32(e * fmt.bits)
-    return in_layout(words, fmt)
+        packed |= padded[:, e::per_word].astype(np.uint32) << np.uint32(e * fmt.bits)
+    return in_layout(packed, fmt)
 
 
 def unpack(words: Array, fmt: WeightFormat, n: int, k: int) -> npt.NDArray[np.uint8]:
     """The inverse of `pack`: words in the format's layout -> codes uint8[n, k]."""
     rows = in_layout(words, fmt)
     assert rows.shape == (n, fmt.num_words(k)), f"words {words.shape} for a weight [{n}, {k}]"
-    per_word = fmt.codes_per_word
+    if not fmt.sparse_words:
+        codes = unpack_stream(rows, fmt.bits, fmt.num_groups(k) * fmt.group_size(k))
+        return np.ascontiguousarray(codes[:, :k])
+    per_word = 32 // fmt.bits
     codes = np.empty((n, rows.shape[1] * per_word), np.uint8)
     for e in range(per_word):
         codes[:, e::per_word] = (rows >> np.uint32(e * fmt.bits)) & np.uint32(2**fmt.bits - 1)
@@ -57,21 +163,40 @@ def in_layout(rows: Array, fmt: WeightFormat) -> Array:
     return np.ascontiguousarray(rows.T if fmt.layout == "KN" else rows)
 
 
-def store(codes: Array, scales: Array, fmt: WeightFormat) -> dict[str, Array]:
-    """The stored parts of a weight, by suffix.
+def store(weight: Quantized, fmt: WeightFormat) -> dict[str, Array]:
+    """The stored parts of a weight by suffix, in the order of `fmt.stored`."""
+    parts: dict[str, Array] = {"q_weight": pack(weight.codes, fmt)}
+    for suffix, numbers, bits in _grid_parts(weight.grid, fmt):
+        assert numbers is not None, f"{fmt} needs {suffix}"
+        parts[suffix] = in_layout(pack_stream(numbers, bits) if bits else numbers, fmt)
+    return parts
 
-    Args:
-        codes: uint8[n, k].
-        scales: [n, num_groups(k)] in the format's dtype.
-        fmt: a quantized format.
-    """
-    return {"q_weight": pack(codes, fmt), "q_scale": in_layout(scales, fmt)}
+
+def load(parts: Mapping[str, Array], fmt: WeightFormat, n: int, k: int) -> Quantized:
+    """The inverse of `store` for a weight [n, k]."""
+    groups, found = fmt.num_groups(k), {}
+    for suffix, _, bits in _grid_parts(None, fmt):
+        rows = in_layout(parts[suffix], fmt)
+        found[suffix.removeprefix("q_")] = unpack_stream(rows, bits, groups) if bits else rows
+    return Quantized(unpack(parts["q_weight"], fmt, n, k), Grid(**found))
+
+
+def _grid_parts(
+    grid: Grid | None, fmt: WeightFormat
+) -> list[tuple[str, Array | None, int | None]]:
+    """(suffix, numbers, bits of a stream or None) of every part but q_weight, in order."""
+    names = [part.suffix for part in fmt.stored(1, 1)][1:]
+    streamed = {"q_zero": fmt.bits, "q_scale": fmt.scale_bits, "q_bias": fmt.scale_bits}
+    return [
+        (name, getattr(grid, name.removeprefix("q_"), None), streamed.get(name))
+        for name in names
+    ]
 
 
 def dequantize(
     parts: Mapping[str, Array], fmt: WeightFormat, n: int, k: int, dtype: str = "float32"
 ) -> Array:
-    """The weights that stored parts stand for, w' = (q - M) * s.
+    """The weights that stored parts stand for, by the formula of the format's grid.
 
     Args:
         parts: suffix -> array, as `store` returns; {"weight": [n, k]} for a float format.
@@ -85,38 +210,96 @@ def dequantize(
     Returns:
         dtype[n, k].
     """
-    out = float_dtype(dtype)
     if fmt.is_float:
-        return parts["weight"].astype(out)
-    codes = unpack(parts["q_weight"], fmt, n, k)
-    assert fmt.group is not None
-    scales = in_layout(parts["q_scale"], fmt).astype(out)  # [n, groups]
-    # The codes' differences are small whole numbers: exact in every dtype.
-    weights = (codes.astype(np.float32) - np.float32(fmt.max_code)).astype(out)
-    for start in range(0, k, fmt.group):
-        weights[:, start : start + fmt.group] *= scales[:, start // fmt.group, None]
-    return weights
+        return parts["weight"].astype(float_dtype(dtype))
+    return dequantize_codes(load(parts, fmt, n, k), fmt, dtype)
 
 
-def dequantize_expr(fmt: WeightFormat, words: Any, scales: Any, n: Any, k: Any, dtype: str) -> Any:
+def dequantize_codes(weight: Quantized, fmt: WeightFormat, dtype: str = "float32") -> Array:
+    """The weights dtype[n, k] that codes and their grid stand for; see `dequantize`."""
+    out = float_dtype(dtype)
+    grid = weight.grid
+    n, k = weight.codes.shape
+    group = fmt.group_size(k)
+
+    def wide(numbers: Array) -> Array:
+        return np.repeat(np.broadcast_to(numbers, (n, numbers.shape[1])), group, axis=1)[:, :k]
+
+    def of_blocks(codes: Array, base: int, blocks: Array | None) -> Array:
+        assert blocks is not None
+        small = (codes.astype(np.float32) - np.float32(base)).astype(out)
+        per_group = np.repeat(blocks.astype(out), BLOCK // group, axis=1)
+        return small * per_group[:, : codes.shape[1]]
+
+    two = fmt.two_level
+    scale = of_blocks(grid.scale, fmt.scale_zero, grid.block_scale) if two else grid.scale
+    scale = wide(scale.astype(out))
+    codes = weight.codes.astype(np.float32)
+    if fmt.grid == "asymmetric":
+        assert grid.bias is not None
+        bias = of_blocks(grid.bias, 0, grid.block_bias) if two else grid.bias
+        return codes.astype(out) * scale + wide(bias.astype(out))
+    # Differences of codes are small whole numbers: exact in every dtype.
+    zero = np.float32(fmt.zero_code) if grid.zero is None else wide(grid.zero.astype("f4"))
+    return (codes - zero).astype(out) * scale
+
+
+def dequantize_expr(
+    fmt: WeightFormat, parts: Sequence[Any], n: Any, k: Any, row_length: int, dtype: str
+) -> Any:
     """Element [n, k] of a quantized weight as a TIR expression of `dtype`.
 
     Args:
         fmt: a quantized format.
-        words: q_weight, a te tensor or TIR buffer, in the format's layout.
-        scales: q_scale, likewise.
+        parts: te tensors or TIR buffers of the stored parts, in the order of `fmt.stored`.
         n: row, an integer expression.
         k: column, likewise; must lie before the weight's k (codes past it are padding).
-        dtype: what (q - M) and the product are computed in.
+        row_length: the weight's k.
+        dtype: what every step is computed in.
     """
     from tvm import tirx
 
-    assert fmt.group is not None, "a float format has no codes"
+    assert not fmt.is_float, "a float format has no codes"
+    named = dict(zip([part.suffix for part in fmt.stored(1, row_length)], parts, strict=True))
+    row = n * 0 if fmt.group == "tensor" else n
+
+    def at(suffix: str, r: Any, column: Any) -> Any:
+        return named[suffix][r, column] if fmt.layout == "NK" else named[suffix][column, r]
+
+    def code(suffix: str, r: Any, index: Any, bits: int, sparse: bool = False) -> Any:
+        """Code `index` of a stream, int32."""
+        if sparse:
+            word, first = tirx.floordiv(index, 32 // bits), tirx.floormod(index, 32 // bits) * bits
+        else:
+            word, first = tirx.floordiv(index * bits, 32), tirx.floormod(index * bits, 32)
+        shift = first.astype("uint32")
+        value = at(suffix, r, word) >> shift
+        if not sparse and 32 % bits:
+            # The code's upper bits lie in the next word; where they do not, it is not read.
+            rest = tirx.const(32, "uint32") - shift
+            over = at(suffix, r, word + 1) << rest
+            none = tirx.const(0, "uint32")
+            value = value | tirx.if_then_else(first + bits > 32, over, none)
+        return (value & tirx.const(2**bits - 1, "uint32")).astype("int32")
+
+    def of_block(suffix: str, base: int, block: str) -> Any:
+        assert fmt.scale_bits is not None
+        small = code(suffix, row, group, fmt.scale_bits) - tirx.const(base, "int32")
+        return small.astype(dtype) * at(block, row, tirx.floordiv(k, BLOCK)).astype(dtype)
+
     # A Python int takes the dtype of the index: FuseTIR refuses a mix of int32 and int64.
-    word, group = tirx.floordiv(k, fmt.codes_per_word), tirx.floordiv(k, fmt.group)
-    shift = (tirx.floormod(k, fmt.codes_per_word) * fmt.bits).astype("uint32")
-    loaded = words[n, word] if fmt.layout == "NK" else words[word, n]
-    scale = scales[n, group] if fmt.layout == "NK" else scales[group, n]
-    code = (loaded >> shift) & tirx.const(2**fmt.bits - 1, "uint32")
-    centred = code.astype("int32") - tirx.const(fmt.max_code, "int32")
-    return centred.astype(dtype) * scale.astype(dtype)
+    group = tirx.floordiv(k, fmt.group_size(row_length))
+    q = code("q_weight", n, k, fmt.bits, fmt.sparse_words)
+    if fmt.two_level:
+        scale = of_block("q_scale", fmt.scale_zero, "q_block_scale")
+    else:
+        scale = at("q_scale", row, group).astype(dtype)
+    if fmt.grid == "asymmetric":
+        two = fmt.two_level
+        bias = of_block("q_bias", 0, "q_block_bias") if two else at("q_bias", row, group)
+        return q.astype(dtype) * scale + bias.astype(dtype)
+    if fmt.grid == "zero_point":
+        zero = code("q_zero", row, group, fmt.bits)
+    else:
+        zero = tirx.const(fmt.zero_code, "int32")
+    return (q - zero).astype(dtype) * scale

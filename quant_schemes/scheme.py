@@ -1,158 +1,43 @@
-"""WeightFormat and Scheme: which numbers a weight is stored as, as data.
+"""Scheme: which weight is stored in which format, as data.
 
-A scheme file maps shell wildcards on weight names to formats; see schemes/q4f16_1.yaml. Activations
-and kernels are not its business: a target decides how to compute with a format.
+A scheme file maps shell wildcards on weight names to formats; see schemes/q4f16_1.yaml. Kernels are
+not its business: a target decides how to compute with a format.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-import reprlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from qcc.quant_schemes.errors import SchemeError, did_you_mean
+from qcc.quant_schemes.format import FLOAT_DTYPES, WeightFormat, float_format
+from qcc.quant_schemes.format_text import format_of_dict, format_of_text, shown
+
+__all__ = ["Scheme", "WeightFormat", "list_schemes", "load_scheme", "parse_scheme"]
 
 SCHEME_DIR = Path(__file__).parent / "schemes"
-FLOAT_DTYPES = {"float32": 32, "float16": 16, "bfloat16": 16}
-CODE_BITS = (3, 4, 8)
-MAX_GROUP = 65536  # more than any row of a released model has
+ACTIVATIONS = ("none", "dynamic", "static")
 # Never quantized, whatever a rule says: their bytes are few and their errors are not.
 FLOATING_SUFFIXES = (".bias",)
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """How one weight matrix [n, k] (out, in) is stored.
-
-    A float format (`bits` 16 or 32) stores `name.weight` in `dtype` and has no group. A quantized
-    one stores codes of `bits` bits, symmetric and offset-encoded (CONTRACTS: M = 2^(bits-1) - 1,
-    code 0..2M), one scale in `dtype` for each `group` codes along k. `layout` NK stores [n, ...],
-    KN the transposes.
-    """
-
-    bits: int
-    dtype: str
-    group: int | None = None
-    layout: str = "NK"
-
-    def __post_init__(self) -> None:
-        """Refuse a combination that no packing writes."""
-        if self.dtype not in FLOAT_DTYPES:
-            raise SchemeError(
-                f"format: dtype {self.dtype!r} is not one of {', '.join(FLOAT_DTYPES)}"
-            )
-        if self.group is None:
-            if self.bits != FLOAT_DTYPES[self.dtype]:
-                raise SchemeError(
-                    f"format: {self.bits} bits need a group size (a float format has "
-                    f"{FLOAT_DTYPES[self.dtype]} bits for {self.dtype})"
-                )
-            return
-        if self.bits not in CODE_BITS:
-            raise SchemeError(f"format: {self.bits} bits; quantized formats have {CODE_BITS}")
-        if self.group <= 0 or self.group % self.codes_per_word:
-            raise SchemeError(
-                f"format: group {self.group} is not a multiple of the {self.codes_per_word} codes "
-                f"of {self.bits} bits in a word"
-            )
-        if self.group > MAX_GROUP:
-            raise SchemeError(f"format: group {self.group}; the largest is {MAX_GROUP}")
-        if self.layout not in ("NK", "KN"):
-            raise SchemeError(f"format: layout {self.layout!r} is not one of NK, KN")
-
-    @property
-    def is_float(self) -> bool:
-        """Whether the weight is stored as floating numbers."""
-        return self.group is None
-
-    @property
-    def codes_per_word(self) -> int:
-        """Codes in one uint32 word; 3 bits leave the top 2 bits unused."""
-        return 32 // self.bits
-
-    @property
-    def max_code(self) -> int:
-        """M: a code q stands for (q - M) * scale."""
-        return (1 << (self.bits - 1)) - 1
-
-    def num_groups(self, k: int) -> int:
-        """Scales in a row of k elements; a tail is padded to a whole group."""
-        assert self.group is not None
-        return -(-k // self.group)
-
-    def num_words(self, k: int) -> int:
-        """uint32 words in a row of k elements, tail padded to a whole group."""
-        assert self.group is not None
-        return self.num_groups(k) * (self.group // self.codes_per_word)
-
-    def stored(self, n: int, k: int) -> tuple[StoredPart, ...]:
-        """What a weight [n, k] is stored as, in the order of the parameters."""
-        if self.is_float:
-            return (StoredPart("weight", (n, k), self.dtype),)
-        words, scales = (n, self.num_words(k)), (n, self.num_groups(k))
-        if self.layout == "KN":
-            words, scales = words[::-1], scales[::-1]
-        return (
-            StoredPart("q_weight", words, "uint32"),
-            StoredPart("q_scale", scales, self.dtype),
-        )
-
-    def as_dict(self) -> dict[str, int | str]:
-        """The fields that are set, as an attribute of a PrimFunc or a JSON object."""
-        fields: dict[str, int | str] = {"bits": self.bits, "dtype": self.dtype}
-        if self.group is not None:
-            fields["group"] = self.group
-        return {**fields, "layout": self.layout}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> WeightFormat:
-        """The inverse of `as_dict`; values may be TVM's boxed ints and strings."""
-        group = fields["group"] if "group" in fields else None
-        return cls(
-            int(fields["bits"]),
-            str(fields["dtype"]),
-            None if group is None else int(group),
-            str(fields["layout"]),
-        )
-
-    def bits_per_weight(self) -> float:
-        """Stored bits a weight, scales included, tails aside."""
-        if self.group is None:
-            return float(self.bits)
-        return 32 / self.codes_per_word + FLOAT_DTYPES[self.dtype] / self.group
-
-
-@dataclass(frozen=True)
-class StoredPart:
-    """One stored tensor of a weight: its name's suffix, shape and dtype."""
-
-    suffix: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        size = {"uint32": 4, "float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
-        for extent in self.shape:
-            size *= extent
-        return size
+DEFAULT = "*"  # the wildcard of `linear`, the last rule
 
 
 @dataclass(frozen=True)
 class Scheme:
     """A name, the dtype of what stays floating, and the rules weight name -> WeightFormat.
 
-    `rules` are tried in order, the first whose wildcard matches the weight's name (as
-    `model.layers.0.mlp.down_proj.weight`) wins; a weight that none matches stays floating.
-    `embedding` and `lm_head` are for those two weights, whatever the model calls them.
+    `rules` are tried in order, the first whose wildcard matches the weight's name wins; a weight
+    that none matches stays floating. A fused weight (`qkv_proj`) has the names of its sources
+    (`q_proj`, `k_proj`, `v_proj`) as well. `embedding` and `lm_head` are for those two weights,
+    whatever the model calls them. `activations`: what a quantized linear layer multiplies with:
+    "none" as they are, "dynamic" int8 with a scale for each token and group of 32, "static" int8
+    with a scale from calibration text. `method` chooses codes where the user names none.
     """
 
     name: str
@@ -160,36 +45,120 @@ class Scheme:
     rules: tuple[tuple[str, WeightFormat], ...]
     embedding: WeightFormat
     lm_head: WeightFormat
+    activations: str = "none"
+    method: str = "mse"
+    description: str = ""
 
-    @cached_property
-    def float_format(self) -> WeightFormat:
-        """The format of every weight that is not quantized."""
-        return WeightFormat(FLOAT_DTYPES[self.dtype], self.dtype)
-
-    def format_of(self, name: str, *, role: str, ndim: int = 2) -> WeightFormat:
+    def format_of(
+        self, name: str, *, role: str, ndim: int = 2, fused: str | None = None
+    ) -> WeightFormat:
         """The format of weight `name`; `role` is "embedding", "lm_head", "linear" or "float".
 
         Only matrices are quantized: norms, biases and anything of role "float" stay floating.
+        `fused` is the name of the weight that this one is a source of.
         """
-        if role == "float" or ndim != 2 or name.endswith(FLOATING_SUFFIXES):
-            return self.float_format
+        if _stays_floating(name, role, ndim):
+            return float_format(self.dtype)
         if role == "embedding":
             return self.embedding
         if role == "lm_head":
             return self.lm_head
+        names = [name, *([fused] if fused else [])]
         for pattern, fmt in self.rules:
-            if fnmatch.fnmatchcase(name, pattern):
+            if any(fnmatch.fnmatchcase(each, pattern) for each in names):
                 return fmt
-        return self.float_format
+        return float_format(self.dtype)
+
+    def check(self, weights: Iterable[tuple[Sequence[str], str, int]]) -> None:
+        """Refuse a rule that matches none of a model's linear weights.
+
+        Args:
+            weights: (names, role, dimensions) of every weight; a fused one has several names.
+
+        Raises:
+            SchemeError: says what the rule matches instead, if anything.
+        """
+        known = [(names, role, ndim) for names, role, ndim in weights]
+        for pattern, _ in self.rules:
+            if pattern == DEFAULT:
+                continue
+            hits = [
+                (name, role, ndim)
+                for names, role, ndim in known
+                for name in names
+                if fnmatch.fnmatchcase(name, pattern)
+            ]
+            if any(r == "linear" and not _stays_floating(n, r, d) for n, r, d in hits):
+                continue
+            if not hits:
+                every = [name for names, _, _ in known for name in names]
+                raise SchemeError(
+                    f"{self.name}: rule {pattern!r} matches no weight"
+                    f"{did_you_mean(pattern, every)}; the first are {', '.join(every[:3])}"
+                )
+            name, role, _ = hits[0]
+            if role in ("embedding", "lm_head"):
+                raise SchemeError(
+                    f"{self.name}: rule {pattern!r} matches {name!r}, the {role}, which has an "
+                    f"entry of its own: `{role}` in a scheme, --{role.replace('_', '-')} FORMAT"
+                )
+            raise SchemeError(
+                f"{self.name}: rule {pattern!r} would quantize {name!r}; norms, biases and routers "
+                "stay floating: their bytes are few and every token passes their errors"
+            )
+
+    def changed(
+        self,
+        rules: Sequence[tuple[str, str]] = (),
+        embedding: str | None = None,
+        lm_head: str | None = None,
+    ) -> Scheme:
+        """This scheme under --set (wildcard, FORMAT) rules, the first first, and its two entries.
+
+        Raises:
+            SchemeError: a FORMAT that is none.
+        """
+        if not (rules or embedding or lm_head):
+            return self
+        parsed = [(key, self._format(value, f"--set {key}")) for key, value in rules]
+        shown_rules = [f"{key}={value}" for key, value in rules]
+        shown_rules += [f"embedding={embedding}"] if embedding else []
+        shown_rules += [f"lm_head={lm_head}"] if lm_head else []
+        head = {} if lm_head is None else {"lm_head": self._format(lm_head, "--lm-head")}
+        table = {} if embedding is None else {"embedding": self._format(embedding, "--embedding")}
+        return replace(
+            self,
+            name=f"{self.name}+{','.join(shown_rules)}",
+            rules=(*parsed, *self.rules),
+            **table,
+            **head,
+        )
+
+    def _format(self, text: str, where: str) -> WeightFormat:
+        return format_of_text(text, self.dtype, where, uniform_format)
 
 
-_FORMAT_KEYS = {"bits", "group", "layout"}
-_SCHEME_KEYS = {"dtype", "linear", "embedding", "lm_head", "rules", "description"}
+def _stays_floating(name: str, role: str, ndim: int) -> bool:
+    return role == "float" or ndim != 2 or name.endswith(FLOATING_SUFFIXES)
+
+
+_SCHEME_KEYS = {
+    *("dtype", "linear", "embedding", "lm_head", "rules"),
+    *("description", "activations", "method"),
+}
 
 
 def list_schemes() -> list[str]:
     """Names of the shipped schemes, sorted."""
     return sorted(path.stem for path in SCHEME_DIR.glob("*.yaml"))
+
+
+def uniform_format(name: str) -> WeightFormat | None:
+    """The format of linear weights of a shipped scheme without other rules; None: no such."""
+    if name not in list_schemes():
+        return None
+    scheme = load_scheme(name)
+    return scheme.rules[-1][1] if len(scheme.rules) == 1 else None
 
 
 def load_scheme(name_or_path: str) -> Scheme:
@@ -222,71 +191,49 @@ def parse_scheme(name: str, data: Any, where: str) -> Scheme:
     """Build a Scheme from the mapping that a YAML file holds; `where` begins every error."""
     if not isinstance(data, dict):
         raise SchemeError(f"{where}: a scheme is a mapping with the keys {sorted(_SCHEME_KEYS)}")
-    _check_keys(data, _SCHEME_KEYS, where)
+    for key in data:
+        if key not in _SCHEME_KEYS:
+            hint = did_you_mean(key, _SCHEME_KEYS) if isinstance(key, str) else ""
+            allowed = ", ".join(sorted(_SCHEME_KEYS))
+            raise SchemeError(f"{where}: unknown key {shown(key)}{hint}; allowed: {allowed}")
     dtype = data.get("dtype")
     if not isinstance(dtype, str) or dtype not in FLOAT_DTYPES:
-        raise SchemeError(f"{where}: dtype is {_shown(dtype)}, allowed: {', '.join(FLOAT_DTYPES)}")
-    linear = _parse_format(data.get("linear", "float"), dtype, f"{where}: linear")
+        raise SchemeError(f"{where}: dtype is {shown(dtype)}, allowed: {', '.join(FLOAT_DTYPES)}")
+    activations = data.get("activations", "none")
+    if not isinstance(activations, str) or activations not in ACTIVATIONS:
+        raise SchemeError(
+            f"{where}: activations is {shown(activations)}, allowed: {', '.join(ACTIVATIONS)}"
+        )
     rules = data.get("rules", {})
-    if not isinstance(rules, dict):
+    if not isinstance(rules, Mapping):
         raise SchemeError(f"{where}: rules maps wildcards on weight names to formats")
+    for key in rules:
+        if not isinstance(key, str):
+            raise SchemeError(f"{where}: rules[{shown(key)}] is no wildcard on weight names")
+
+    def entry(key: str) -> WeightFormat:
+        return _entry(data.get(key, "float"), dtype, f"{where}: {key}")
+
     parsed = [
-        (_pattern(key, where), _parse_format(value, dtype, f"{where}: rules[{_shown(key)}]"))
-        for key, value in rules.items()
+        (key, _entry(value, dtype, f"{where}: rules[{shown(key)}]")) for key, value in rules.items()
     ]
+    for key in ("method", "description"):
+        if key in data and not isinstance(data[key], str):
+            raise SchemeError(f"{where}: {key} is {shown(data[key])}, it must be a text")
     return Scheme(
         name=name,
         dtype=dtype,
-        rules=(*parsed, ("*", linear)),
-        embedding=_parse_format(data.get("embedding", "float"), dtype, f"{where}: embedding"),
-        lm_head=_parse_format(data.get("lm_head", "float"), dtype, f"{where}: lm_head"),
+        rules=(*parsed, (DEFAULT, entry("linear"))),
+        embedding=entry("embedding"),
+        lm_head=entry("lm_head"),
+        activations=activations,
+        method=data.get("method", "mse"),
+        description=data.get("description", ""),
     )
 
 
-def _check_keys(data: dict[Any, Any], known: set[str], where: str) -> None:
-    for key in data:
-        if key not in known:
-            hint = did_you_mean(key, known) if isinstance(key, str) else ""
-            raise SchemeError(
-                f"{where}: unknown key {_shown(key)}{hint}; allowed: {', '.join(sorted(known))}"
-            )
-
-
-def _parse_format(value: Any, dtype: str, where: str) -> WeightFormat:
-    """`float`, or a mapping {bits, group, layout}; scales are in the scheme's dtype."""
-    if value == "float":
-        return WeightFormat(FLOAT_DTYPES[dtype], dtype)
-    if not isinstance(value, dict):
-        raise SchemeError(
-            f"{where}: {_shown(value)} is neither 'float' nor a mapping bits, group, layout"
-        )
-    _check_keys(value, _FORMAT_KEYS, where)
-    for key in ("bits", "group"):
-        number = value.get(key)
-        if type(number) is not int or abs(number) > MAX_GROUP:
-            raise SchemeError(
-                f"{where}: {key} is {_shown(number)}, it must be a whole number, at most "
-                f"{MAX_GROUP}"
-            )
-    layout = value.get("layout", "NK")
-    if not isinstance(layout, str):
-        raise SchemeError(f"{where}: layout {_shown(layout)} is not one of NK, KN")
-    try:
-        return WeightFormat(value["bits"], dtype, value["group"], layout)
-    except SchemeError as err:
-        raise SchemeError(f"{where}: {err}") from err
-
-
-def _pattern(key: Any, where: str) -> str:
-    if not isinstance(key, str):
-        raise SchemeError(f"{where}: rules[{_shown(key)}] is no wildcard on weight names")
-    return key
-
-
-def _shown(value: Any) -> str:
-    """A value as an error quotes it: one short line, also of a YAML that nests by aliases."""
-    try:
-        text = reprlib.repr(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
-        text = "a huge number"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _entry(value: Any, dtype: str, where: str) -> WeightFormat:
+    """A FORMAT text, or a mapping; without a dtype of its own its scales are in the scheme's."""
+    if isinstance(value, str):
+        return format_of_text(value, dtype, where, uniform_format)
+    return format_of_dict(value, dtype, where)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qcc.quant_schemes.scheme import WeightFormat
+from qcc.quant_schemes.format import WeightFormat
 
 Transform = Callable[[Any], Any]
 
@@ -36,7 +36,9 @@ class WeightSpec:
     """A weight `name` of shape [n, k] (or [n]), made of `sources` and stored in `format`.
 
     The sources are concatenated along their first axis, then `transform` (numpy array -> numpy
-    array of shape `shape`, a permutation of elements) is applied where there is one.
+    array of shape `shape`, a permutation of elements) is applied where there is one. Where the
+    sources of a model's parameter are stored apart, in formats of their own, each is a WeightSpec
+    and `fused` is the parameter's name; they follow one another.
     """
 
     name: str
@@ -44,6 +46,8 @@ class WeightSpec:
     format: WeightFormat
     sources: tuple[SourceTensor, ...]
     transform: Transform | None = None
+    role: str = "linear"
+    fused: str | None = None
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:

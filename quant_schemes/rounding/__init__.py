@@ -1,7 +1,10 @@
 """qcc.quant_schemes.rounding: how codes are chosen, one file a method.
 
-  rtn.py   round to nearest, the contract's formula; the reference of the compiled converter
+  method.py  Method, what it may know of a layer's inputs, and finding a method by name
+  grid.py    groups, ranges, grids and nearest codes, which all methods share
+  rtn.py     round to nearest: the contract's formula, else the range of each group
+  mse.py     scale and clip of each group searched for the least (weighted) squared error
 
-A method takes plain arrays (weights, and what calibration gives) and returns codes uint8[n, k] and
-scales [n, groups]; it knows no model. packing.py turns these into stored parts.
+A method takes plain arrays (weights, and what calibration gives) and returns packing.Quantized; it
+knows no model. Each file defines METHOD; its name is the name after --method.
 """

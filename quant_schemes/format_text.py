@@ -1,0 +1,116 @@
+"""What a user writes for a WeightFormat: FORMAT on the command line, a text or mapping in YAML.
+
+    float                 not quantized
+    4/32   4/row 8/tensor bits/group, symmetric, the contract's grid
+    4/64a                 asymmetric: a scale and a bias for each group
+    3/16k  3/32k          asymmetric with two-level scales: 4 bits each at group 16, 6 at 32 and up
+    q8f16_1               as the linear layers of a shipped scheme without other rules
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qcc.quant_schemes.errors import SchemeError, did_you_mean
+from qcc.quant_schemes.format import MAX_GROUP, WeightFormat, float_format
+
+FORMAT_HELP = "FORMAT: bits/group as 4/32, 4/64a (asymmetric), 2/16k (two-level), 8/row; a uniform "
+FORMAT_HELP += "scheme as q8f16_1; or float"
+_TEXT = re.compile(r"(\d)/(\d{1,5}|row|tensor)([ak]?)")
+_KEYS = {"bits", "group", "layout", "grid", "zero", "scale_bits", "dtype"}
+
+
+def default_scale_bits(group: int) -> int:
+    """Bits of a two-level format's scales: half a bit a weight at group 16, less at more."""
+    return 4 if group <= 16 else 6
+
+
+def format_of_text(
+    text: str, dtype: str, where: str, scheme_format: Callable[[str], WeightFormat | None]
+) -> WeightFormat:
+    """Parse FORMAT; scales are in `dtype` unless a scheme's name says otherwise.
+
+    Args:
+        text: what the user wrote.
+        dtype: of the scheme that the format is for.
+        where: begins every error.
+        scheme_format: name of a scheme -> the format of its linear layers, None: no such.
+
+    Raises:
+        SchemeError: not a FORMAT, or a format that cannot be.
+    """
+    if text == "float":
+        return float_format(dtype)
+    found = _TEXT.fullmatch(text)
+    if not found:
+        named = scheme_format(text)
+        if named is None:
+            raise SchemeError(f"{where}: {shown(text)} is no {FORMAT_HELP}")
+        return named
+    bits, group, kind = found.groups()
+    fields: dict[str, Any] = {"bits": int(bits), "group": group}
+    if group.isdigit():
+        fields["group"] = int(group)
+    if kind:
+        fields["grid"] = "asymmetric"
+    if kind == "k":
+        fields["scale_bits"] = default_scale_bits(int(group) if group.isdigit() else 0)
+    return format_of_dict(fields, dtype, where)
+
+
+def format_of_dict(value: Any, dtype: str, where: str) -> WeightFormat:
+    """A mapping {bits, group, layout, grid, zero, scale_bits, dtype} of a scheme file.
+
+    Raises:
+        SchemeError: not such a mapping, or a format that cannot be.
+    """
+    if not isinstance(value, Mapping):
+        raise SchemeError(
+            f"{where}: {shown(value)} is neither 'float' nor a mapping bits, group, layout nor a "
+            f"{FORMAT_HELP}"
+        )
+    for key in value:
+        if key not in _KEYS:
+            hint = did_you_mean(key, _KEYS) if isinstance(key, str) else ""
+            raise SchemeError(
+                f"{where}: unknown key {shown(key)}{hint}; allowed: {', '.join(sorted(_KEYS))}"
+            )
+    for key in ("bits", "group", "zero", "scale_bits"):
+        number = value.get(key)
+        if key == "group" and number in ("row", "tensor"):
+            continue
+        if key not in value and key in ("zero", "scale_bits"):
+            continue
+        if type(number) is not int or abs(number) > MAX_GROUP:
+            raise SchemeError(
+                f"{where}: {key} is {shown(number)}, it must be a whole number, at most {MAX_GROUP}"
+            )
+    texts = {"layout": "NK", "grid": "symmetric", "dtype": dtype}
+    for key, default in texts.items():
+        texts[key] = value.get(key, default)
+        if not isinstance(texts[key], str):
+            raise SchemeError(f"{where}: {key} {shown(texts[key])} is no text")
+    try:
+        return WeightFormat(
+            value["bits"],
+            texts["dtype"],
+            value["group"],
+            texts["layout"],
+            texts["grid"],
+            value.get("zero"),
+            value.get("scale_bits"),
+        )
+    except SchemeError as err:
+        raise SchemeError(f"{where}: {err}") from err
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it: one short line, also of a YAML that nests by aliases."""
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        text = "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,56 @@
+"""Method: one way to choose codes, and what calibration may tell it of a layer's inputs."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qcc.quant_schemes.errors import SchemeError, did_you_mean
+from qcc.quant_schemes.format import WeightFormat
+from qcc.quant_schemes.packing import Array, Quantized
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of a layer's inputs x[k] on calibration text: means over `count` tokens.
+
+    `square` f32[k] is the mean of x^2, `absolute` f32[k] of |x|, `hessian` f32[k, k] of x x^T.
+    """
+
+    count: int
+    square: Array
+    absolute: Array
+    hessian: Array
+
+
+@dataclass(frozen=True)
+class Method:
+    """`quantize` chooses codes for f32[n, k]; its inputs are None where `needs_text` is False."""
+
+    description: str
+    quantize: Callable[[Array, WeightFormat, Inputs | None], Quantized]
+    needs_text: bool = False
+
+
+def list_methods() -> list[str]:
+    """Names of the methods, sorted: the files of this folder that define METHOD."""
+    package = importlib.import_module("qcc.quant_schemes.rounding")
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    return [name for name in names if name not in ("grid", "method")]
+
+
+def find_method(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        SchemeError: no such method.
+    """
+    if name not in list_methods():
+        raise SchemeError(
+            f"--method: unknown method {name!r}{did_you_mean(name, list_methods())}; "
+            f"allowed: {', '.join(list_methods())}"
+        )
+    found: Method = importlib.import_module(f"qcc.quant_schemes.rounding.{name}").METHOD
+    return found
