@@ -24,28 +24,49 @@ from qcc.compiler.steps import Steps
 from qcc.compiler.weights.checkpoint import Checkpoint
 from qcc.compiler.weights.convert import check_weights, convert_weights
 from qcc.compiler.weights.spec import WeightSpec
-from qcc.quant_schemes.scheme import load_scheme
+from qcc.quant_schemes.rounding.method import find_method
+from qcc.quant_schemes.scheme import Scheme, load_scheme
 from qcc.runtime import artifact
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir
 from qcc.targets import find_target
 from qcc.targets.spec import BuildOptions
 
-METHOD = "rtn"
+DEFAULT_QUANT = "q4f16_1"
+# Rounds what a calibration leaves alone: the embedding.
+WITHOUT_TEXT = "mse"
 DEFAULT_CHUNK = 512  # tokens of a prefill chunk where no target says otherwise
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`--calib`: the text by which a method knows a layer's inputs.
+
+    `text` is a file, or "self": sampled from the model. `tokens` bounds it; None: the default.
+    """
+
+    text: str = "self"
+    tokens: int | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class CompileOptions:
     """What `qcc compile` takes besides the model and the output folder."""
 
-    quant: str = "q4f16_1"
+    quant: str | None = None  # None: as an imported model's codes are, else q4f16_1
     targets: tuple[str, ...] = ("cpu",)
     sizes: SizeFlags = field(default_factory=SizeFlags)
     build: BuildOptions = field(default_factory=BuildOptions)
     allow_pickle: bool = False
     force: bool = False
     dump_ir: Path | None = None
+    rules: tuple[tuple[str, str], ...] = ()  # (wildcard, FORMAT), the first that matches
+    embedding: str | None = None  # FORMAT
+    lm_head: str | None = None  # FORMAT
+    method: str | None = None  # None: the scheme's
+    calibration: Calibration = field(default_factory=Calibration)
+    lora: Path | None = None
 
 
 def compile_model(
@@ -78,12 +99,14 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
         check_weights(checkpoint, specs, ignored)
         tokens = fitting_vocabulary(source, plan.config).size
         plan = dataclasses.replace(plan, active_vocab_size=tokens)
+        method_name = options.method or plan.scheme.method
+        method = find_method(method_name)
         step.note = f"{plan.config.model_type}, {_parameters(specs):,} parameters"
     if note := context_note(options.sizes, plan.sizes):
         steps.line(f"  {note}")
     with checkpoint, ThreadPoolExecutor(1) as pool, staging(out) as work:
         source_sum = pool.submit(checksum, source)
-        before = _check_folder(out, plan, specs, source_sum.result, options.force)
+        before = _check_folder(out, plan, specs, method_name, source_sum.result, options.force)
         built = {}
         for target, (machine, name) in zip(targets, resolved, strict=True):
             with steps.step(f"Build the {target.name} library") as step:
@@ -94,7 +117,7 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
         if before is None:
             with steps.step("Convert the weights") as step:
                 progress = partial(steps.progress, "Convert the weights")
-                convert_weights(checkpoint, specs, out, progress, ignored)
+                convert_weights(checkpoint, specs, out, progress, ignored, method)
                 step.note = _weights_note(specs)
         with steps.step("Write the configuration") as step:
             sizes = plan.sizes.as_dict()
@@ -107,7 +130,7 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
                     "stamp": stamp(source),
                 },
                 "scheme": plan.scheme.name,
-                "method": METHOD,
+                "method": method_name,
                 "tensors": _formats(specs),
                 "sizes": sizes,
             }
@@ -155,9 +178,15 @@ def make_plan(source: Path, options: CompileOptions, default_chunk: int) -> Plan
     return Plan(
         architecture,
         config,
-        load_scheme(options.quant),
+        choose_scheme(options),
         choose_sizes(config, options.sizes, default_chunk),
     )
+
+
+def choose_scheme(options: CompileOptions) -> Scheme:
+    """The scheme that the options name, under their rules and entries."""
+    scheme = load_scheme(options.quant or DEFAULT_QUANT)
+    return scheme.changed(options.rules, options.embedding, options.lm_head)
 
 
 def ignored_tensors(plan: Plan) -> tuple[str, ...]:
@@ -206,6 +235,7 @@ def _check_folder(
     out: Path,
     plan: Plan,
     specs: Sequence[WeightSpec],
+    method: str,
     source_sum: Callable[[], str],
     force: bool,
 ) -> dict[str, Any] | None:
@@ -225,7 +255,7 @@ def _check_folder(
         ("checkpoint", found.get("source", {}).get("sha256"), source_sum()),
         ("scheme", found.get("scheme"), plan.scheme.name),
         ("scheme of that name", _digest(found.get("tensors")), _digest(_formats(specs))),
-        ("method", found.get("method"), METHOD),
+        ("method", found.get("method"), method),
         ("sizes", found.get("sizes"), plan.sizes.as_dict()),
     ):
         if old != new:

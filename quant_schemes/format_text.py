@@ -1,10 +1,10 @@
 """What a user writes for a WeightFormat: FORMAT on the command line, a text or mapping in YAML.
 
-    float                 not quantized
-    4/32   4/row 8/tensor bits/group, symmetric, the contract's grid
-    4/64a                 asymmetric: a scale and a bias for each group
-    3/16k  3/32k          asymmetric with two-level scales: 4 bits each at group 16, 6 at 32 and up
-    q8f16_1               as the linear layers of a shipped scheme without other rules
+float                 not quantized
+4/32   4/row 8/tensor bits/group, symmetric, the contract's grid
+4/64a                 asymmetric: a scale and a bias for each group
+3/16k  3/32k          asymmetric with two-level scales: 4 bits each at group 16, 6 at 32 and up
+q8f16_1               as the linear layers of a shipped scheme without other rules
 """
 
 from __future__ import annotations

@@ -181,15 +181,12 @@ def load(parts: Mapping[str, Array], fmt: WeightFormat, n: int, k: int) -> Quant
     return Quantized(unpack(parts["q_weight"], fmt, n, k), Grid(**found))
 
 
-def _grid_parts(
-    grid: Grid | None, fmt: WeightFormat
-) -> list[tuple[str, Array | None, int | None]]:
+def _grid_parts(grid: Grid | None, fmt: WeightFormat) -> list[tuple[str, Array | None, int | None]]:
     """(suffix, numbers, bits of a stream or None) of every part but q_weight, in order."""
     names = [part.suffix for part in fmt.stored(1, 1)][1:]
     streamed = {"q_zero": fmt.bits, "q_scale": fmt.scale_bits, "q_bias": fmt.scale_bits}
     return [
-        (name, getattr(grid, name.removeprefix("q_"), None), streamed.get(name))
-        for name in names
+        (name, getattr(grid, name.removeprefix("q_"), None), streamed.get(name)) for name in names
     ]
 
 

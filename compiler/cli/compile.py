@@ -9,7 +9,16 @@ if TYPE_CHECKING:
     from qcc.compiler.driver import CompileOptions
 
 HELP = "compile a checkpoint into a library and quantized weights"
-EXAMPLE = "qcc compile ./Llama-3.2-1B --quant q4f16_1 --target cpu -o ./llama-q4"
+EXAMPLE = """
+qcc compile ./Llama-3.2-1B --quant q4f16_1 --target cpu -o ./llama-q4
+qcc compile ./Llama-3.2-1B --quant q3f16_k --method gptq -o ./llama-q3
+qcc compile ./Llama-3.2-1B --quant q4f16_a32 --set '*.v_proj.*=6/32a' --lm-head 8/32 -o ./llama-mixed
+"""
+# The same text as quant_schemes.format_text.FORMAT_HELP, which the help cannot import in time.
+FORMAT_HELP = (
+    "FORMAT is bits/group: 4/32, 4/64a (asymmetric), 2/16k (two-level scales), 8/row, 8/tensor; "
+    "or a uniform scheme's name, as q8f16_1; or float"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +48,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, -o, the scheme and the sizes."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or hub id org/name")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="artifact folder")
-    parser.add_argument(
-        "--quant", default="q4f16_1", metavar="SCHEME", help="scheme name or YAML file"
-    )
+    add_scheme_arguments(parser)
     sizes = parser.add_argument_group("sizes (tokens)")
     for flag, text in (
         (
@@ -61,6 +68,45 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force", action="store_true", help="replace another artifact in the folder"
     )
+
+
+def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
+    """How weights are stored, and how their codes are chosen."""
+    scheme = parser.add_argument_group("quantization", FORMAT_HELP)
+    scheme.add_argument(
+        "--quant",
+        default=None,
+        metavar="SCHEME",
+        help="scheme name (qcc list schemes) or YAML file (default: q4f16_1; for a model that is "
+        "quantized already, its own codes)",
+    )
+    scheme.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="RULE=FORMAT",
+        help="format of the weights whose names match a wildcard, as '*.v_proj.*=6/32a'; "
+        "repeatable, the first that matches wins",
+    )
+    scheme.add_argument("--embedding", metavar="FORMAT", help="format of the token embedding")
+    scheme.add_argument("--lm-head", metavar="FORMAT", help="format of an lm_head of its own")
+    scheme.add_argument(
+        "--method",
+        default=None,
+        metavar="M",
+        help="how codes are chosen: rtn, mse, hqq without text; imse, awq, gptq with a little "
+        "(default: the scheme's; qcc list methods)",
+    )
+    scheme.add_argument(
+        "--calib",
+        default="self",
+        metavar="self|FILE",
+        help="text for imse, awq and gptq: a file, or sampled from the model (default: self)",
+    )
+    scheme.add_argument(
+        "--calib-tokens", type=int, default=None, metavar="N", help="tokens of it (default: 65536)"
+    )
+    scheme.add_argument("--lora", default=None, metavar="DIR", help="PEFT adapter to merge first")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,7 +134,9 @@ def run(args: argparse.Namespace) -> int:
 
 def model_options(args: argparse.Namespace, **others: Any) -> CompileOptions:
     """CompileOptions of parsed arguments."""
-    from qcc.compiler.driver import CompileOptions
+    from pathlib import Path
+
+    from qcc.compiler.driver import Calibration, CompileOptions
     from qcc.compiler.sizes import SizeFlags
 
     sizes = SizeFlags(
@@ -99,5 +147,25 @@ def model_options(args: argparse.Namespace, **others: Any) -> CompileOptions:
         args.max_batch,
     )
     return CompileOptions(
-        quant=args.quant, sizes=sizes, allow_pickle=args.allow_pickle, force=args.force, **others
+        quant=args.quant,
+        sizes=sizes,
+        allow_pickle=args.allow_pickle,
+        force=args.force,
+        rules=tuple(map(_rule, args.set)),
+        embedding=args.embedding,
+        lm_head=args.lm_head,
+        method=args.method,
+        calibration=Calibration(args.calib, args.calib_tokens),
+        lora=Path(args.lora) if args.lora else None,
+        **others,
     )
+
+
+def _rule(text: str) -> tuple[str, str]:
+    """RULE=FORMAT; a wildcard may hold a sign of equality, a FORMAT does not."""
+    from qcc.runtime.errors import QccError
+
+    pattern, found, value = text.rpartition("=")
+    if not (pattern and found and value):
+        raise QccError(f"--set {text!r}: it takes RULE=FORMAT, as '*.v_proj.*=6/32a'")
+    return pattern, value

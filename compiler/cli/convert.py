@@ -23,5 +23,6 @@ def run(args: argparse.Namespace) -> int:
     from qcc.compiler.steps import Steps
 
     out = convert_model(args.model, Path(args.output), model_options(args), Steps())
-    print(f"{out}: add a library with `qcc compile {args.model} --quant {args.quant} -o {out}`")
+    quant = f" --quant {args.quant}" if args.quant else ""
+    print(f"{out}: add a library with `qcc compile {args.model}{quant} -o {out}`")
     return 0

@@ -7,10 +7,11 @@ import json
 import sys
 from typing import Any
 
-HELP = "list the models, schemes or targets there are"
+HELP = "list the models, schemes, methods or targets there are"
 EXAMPLE = """
 qcc list models
 qcc list schemes
+qcc list methods
 qcc list targets --json
 """
 
@@ -87,7 +88,17 @@ def targets() -> list[dict[str, Any]]:
     ]
 
 
-LISTS = {"models": models, "schemes": schemes, "targets": targets}
+def methods() -> list[dict[str, Any]]:
+    """The ways to choose codes that --method takes."""
+    from qcc.quant_schemes.rounding.method import find_method, list_methods
+
+    return [
+        {"method": name, "text": "yes" if found.needs_text else "no", "about": found.description}
+        for name, found in ((name, find_method(name)) for name in list_methods())
+    ]
+
+
+LISTS = {"methods": methods, "models": models, "schemes": schemes, "targets": targets}
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,8 @@
 
 Each weight is read in blocks of rows, its sources one after another, quantized or cast, and
 written; some blocks are under way at once, a few megabytes each. Beside these the memory holds the
-packed weight where the layout is KN, and the whole weight where it has a transform.
+packed weight where the layout is KN, and the whole weight where it has a transform or one scale.
+What a calibration has quantized, or another tool, is written as it is given.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import fnmatch
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,16 @@ from qcc.compiler.weights import kernels
 from qcc.compiler.weights.checkpoint import ITEMSIZE, Checkpoint
 from qcc.compiler.weights.shards import ShardWriter
 from qcc.compiler.weights.spec import WeightSpec
-from qcc.quant_schemes.packing import in_layout
+from qcc.quant_schemes.packing import in_layout, store
+from qcc.quant_schemes.rounding import rtn
+from qcc.quant_schemes.rounding.method import Method
 from qcc.runtime.artifact import TensorRecord, tensor_bytes
 from qcc.runtime.errors import QccError
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int, str], None]  # source bytes done, in all, name of the weight
+# A weight -> its stored parts by suffix, in the format's layout; None: convert it.
+Given = Callable[[WeightSpec], Mapping[str, Array] | None]
 BLOCK_BYTES = 4 << 20  # of source numbers; large enough to hide the cost of a task
 MAX_THREADS = 8
 _LISTED = 5  # names in an error
@@ -39,7 +44,8 @@ _LISTED = 5  # names in an error
 class _Block:
     """Rows of a weight: `read` gives them as [rows * k]; `source` names them in errors.
 
-    `nbytes` is their share of the checkpoint, for the progress.
+    `nbytes` is their share of the checkpoint, for the progress. `given`: the whole weight's parts,
+    rows first; nothing is read then.
     """
 
     spec: WeightSpec
@@ -47,11 +53,12 @@ class _Block:
     rows: int
     nbytes: int
     read: Callable[[], Array]
+    given: tuple[Array, ...] | None = None
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a block was converted to: numbers; or words and scales, both in layout NK."""
+    """What a block was converted to: its stored parts in order, in layout NK."""
 
     block: _Block
     parts: tuple[Array, ...]
@@ -63,6 +70,8 @@ def convert_weights(
     out_dir: Path,
     progress: Progress | None = None,
     ignored: Sequence[str] = (),
+    method: Method = rtn.METHOD,
+    given: Given | None = None,
 ) -> list[TensorRecord]:
     """Fill `specs` from a checkpoint and write params_shard_N.bin and tensor-cache.json.
 
@@ -74,6 +83,8 @@ def convert_weights(
         out_dir: the artifact folder; an artifact that lies there is replaced at the end.
         progress: called after each block.
         ignored: wildcards of checkpoint tensors that no weight uses, harmlessly.
+        method: chooses the codes, from the weights alone.
+        given: what needs no converting.
 
     Returns:
         The records of the stored tensors, in parameter order.
@@ -83,8 +94,7 @@ def convert_weights(
             the range of its format; the disk is full.
     """
     check_weights(checkpoint, specs, ignored)
-    sources = [source for spec in specs for source in spec.sources]
-    total = sum(math.prod(s.shape) * ITEMSIZE[checkpoint.dtype(s.name)] for s in sources)
+    total = sum(_source_bytes(checkpoint, spec) for spec in specs)
     stored = sum(tensor_bytes(part.shape, part.dtype) for spec in specs for part in spec.stored)
     done = 0
 
@@ -97,7 +107,8 @@ def convert_weights(
     threads = min(os.cpu_count() or 1, MAX_THREADS)
     with ThreadPoolExecutor(threads, "qcc-convert") as pool, ShardWriter(out_dir, stored) as writer:
         # Blocks of the next weight are under way while those of the last are written.
-        converted = _converted(pool, 2 * threads, _blocks(checkpoint, specs))
+        blocks = _blocks(checkpoint, specs, given)
+        converted = _converted(pool, 2 * threads, blocks, method)
         for spec in specs:
             _write(spec, converted, writer, advance)
         return writer.finish(sum(math.prod(spec.shape) for spec in specs))
@@ -130,12 +141,18 @@ def check_weights(
         )
 
 
-def _converted(pool: ThreadPoolExecutor, ahead: int, blocks: Iterable[_Block]) -> Iterator[_Parts]:
+def _source_bytes(checkpoint: Checkpoint, spec: WeightSpec) -> int:
+    return sum(math.prod(s.shape) * ITEMSIZE[checkpoint.dtype(s.name)] for s in spec.sources)
+
+
+def _converted(
+    pool: ThreadPoolExecutor, ahead: int, blocks: Iterable[_Block], method: Method
+) -> Iterator[_Parts]:
     """The parts of each block in order; up to `ahead` blocks are under way in the pool."""
     waiting: deque[Future[_Parts]] = deque()
     try:
         for block in blocks:
-            waiting.append(pool.submit(_convert, block))
+            waiting.append(pool.submit(_convert, block, method))
             if len(waiting) >= ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -145,17 +162,27 @@ def _converted(pool: ThreadPoolExecutor, ahead: int, blocks: Iterable[_Block]) -
             future.cancel()
 
 
-def _convert(block: _Block) -> _Parts:
+def _convert(block: _Block, method: Method) -> _Parts:
     """Read and compute; runs in the pool."""
+    if block.given is not None:
+        return _Parts(block, block.given)
     flat, fmt = block.read(), block.spec.format
     if fmt.is_float:
         result = kernels.cast(flat, fmt.dtype)
         _check_finite(result, flat, block)
         return _Parts(block, (result,))
-    words, scales = kernels.quantize(flat.reshape(block.rows, -1), fmt)
-    # A NaN or an infinity among the weights is one in the scale of its group.
-    _check_finite(scales, flat, block)
-    return _Parts(block, (words, scales))
+    if method is rtn.METHOD and kernels.takes(fmt):
+        words, scales = kernels.quantize(flat.reshape(block.rows, -1), fmt)
+        # A NaN or an infinity among the weights is one in the scale of its group.
+        _check_finite(scales, flat, block)
+        return _Parts(block, (words, scales))
+    _check_finite(flat, flat, block)
+    rows = flat.reshape(block.rows, -1).astype(np.float32)
+    parts = store(method.quantize(rows, fmt, None), replace(fmt, layout="NK"))
+    for part in parts.values():
+        if part.dtype != np.uint32:
+            _check_finite(part, flat, block)
+    return _Parts(block, tuple(parts.values()))
 
 
 def _write(
@@ -166,13 +193,13 @@ def _write(
 ) -> None:
     """Take the blocks of one weight, the next in `converted`, and write its stored tensors."""
     n, _ = _matrix(spec)
-    later: list[Array] = []  # the second part of each block
+    later: list[tuple[Array, ...]] = []  # the parts of each block but the first
 
     def first_parts() -> Iterator[tuple[int, Array]]:
         row = 0
         while row < n:
             done = next(converted)
-            later.extend(done.parts[1:])
+            later.append(done.parts[1:])
             yield row, done.parts[0]
             row += done.block.rows
             advance(done.block.nbytes, spec.name)
@@ -180,14 +207,16 @@ def _write(
     first, *others = spec.stored
     if spec.format.is_float or spec.format.layout == "NK":
         writer.add(first, (part for _, part in first_parts()))
-        for stored in others:
-            writer.add(stored, later)
+        for index, stored in enumerate(others):
+            writer.add(stored, [parts[index] for parts in later])
         return
     packed = np.empty(first.shape, np.uint32)  # [words, n]
     for row, words in first_parts():
         packed[:, row : row + len(words)] = words.T
     writer.add(first, [packed])
-    writer.add(others[0], [in_layout(np.concatenate(later), spec.format)])
+    for index, stored in enumerate(others):
+        rows = np.concatenate([parts[index] for parts in later])
+        writer.add(stored, [in_layout(rows, spec.format)])
 
 
 def _matrix(spec: WeightSpec) -> tuple[int, int]:
@@ -196,10 +225,32 @@ def _matrix(spec: WeightSpec) -> tuple[int, int]:
     return math.prod(spec.shape) // k, k
 
 
-def _blocks(checkpoint: Checkpoint, specs: Iterable[WeightSpec]) -> Iterator[_Block]:
+def _blocks(
+    checkpoint: Checkpoint, specs: Iterable[WeightSpec], given: Given | None
+) -> Iterator[_Block]:
     for spec in specs:
-        make = _source_blocks if spec.transform is None else _transformed_blocks
-        yield from make(checkpoint, spec)
+        parts = given(spec) if given is not None else None
+        if parts is not None:
+            yield _given_block(checkpoint, spec, parts)
+            continue
+        whole = spec.transform is not None or spec.format.group == "tensor"
+        yield from (_whole_blocks if whole else _source_blocks)(checkpoint, spec)
+
+
+def _given_block(
+    checkpoint: Checkpoint, spec: WeightSpec, parts: Mapping[str, Array]
+) -> _Block:
+    """All rows of a weight that is already converted."""
+    n, _ = _matrix(spec)
+    if spec.format.is_float:
+        rows = [parts["weight"]]
+    else:
+        suffixes = [part.suffix for part in spec.format.stored(*spec.shape)]
+        rows = [in_layout(parts[suffix], spec.format) for suffix in suffixes]
+    for stored, part in zip(spec.stored, rows, strict=True):
+        assert part.dtype.name == stored.dtype, f"{stored.name}: given as {part.dtype}"
+    nbytes = _source_bytes(checkpoint, spec)
+    return _Block(spec, spec.name, n, nbytes, lambda: rows[0], tuple(rows))
 
 
 def _source_blocks(checkpoint: Checkpoint, spec: WeightSpec) -> Iterator[_Block]:
@@ -222,19 +273,21 @@ def _source_blocks(checkpoint: Checkpoint, spec: WeightSpec) -> Iterator[_Block]
             yield _Block(spec, source.name, stop - row, nbytes, read)
 
 
-def _transformed_blocks(checkpoint: Checkpoint, spec: WeightSpec) -> Iterator[_Block]:
-    """Blocks of rows of the whole weight, after its transform."""
-    assert spec.transform is not None
+def _whole_blocks(checkpoint: Checkpoint, spec: WeightSpec) -> Iterator[_Block]:
+    """Blocks of rows of the whole weight, after its transform; one block for one scale."""
     parts = [checkpoint.read(source.name) for source in spec.sources]
     nbytes = sum(part.nbytes for part in parts)
     if len({part.dtype for part in parts}) > 1:
         parts = [part.astype(np.float32) for part in parts]
     whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
     del parts
-    whole = np.ascontiguousarray(spec.transform(whole))
+    if spec.transform is not None:
+        whole = np.ascontiguousarray(spec.transform(whole))
     assert whole.shape == spec.shape, f"{spec.name}: transform made {whole.shape} of {spec.shape}"
     flat, (rows, k) = whole.reshape(-1), _matrix(spec)
     step = max(1, BLOCK_BYTES // (k * whole.itemsize))
+    if spec.format.group == "tensor":
+        step = rows
     names = ", ".join(source.name for source in spec.sources)
     for row in range(0, rows, step):
         stop = min(row + step, rows)
