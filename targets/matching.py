@@ -13,7 +13,7 @@ from tvm import relax as rx
 from tvm.relax.expr_functor import PyExprVisitor, visitor
 
 from qcc.quant_schemes.attributes import DEQUANTIZE, DEQUANTIZE_ROWS, FORMAT, ROLE
-from qcc.quant_schemes.scheme import FLOAT_DTYPES, WeightFormat
+from qcc.quant_schemes.format import FLOAT_DTYPES, WeightFormat, float_format
 
 Bindings = dict[Any, Any]  # variable -> the expression that it is bound to
 
@@ -75,7 +75,7 @@ def match_linear(mod: tvm.IRModule, bindings: Bindings, call: Any) -> Weight | N
         return Weight(_format(mod, value), n, k, tuple(value.args[1]))
     if packed_index(bindings, weight) is not None:
         dtype = str(weight.ty.dtype)
-        return Weight(WeightFormat(FLOAT_DTYPES[dtype], dtype), n, k, (weight,))
+        return Weight(float_format(dtype), n, k, (weight,))
     return None
 
 
@@ -89,7 +89,7 @@ def match_rows(mod: tvm.IRModule, call: Any) -> tuple[Weight, Any] | None:
         dtype = str(parts[0].ty.dtype)
         if dtype not in FLOAT_DTYPES or len(parts[0].ty.shape) != 2:
             return None
-        fmt = WeightFormat(FLOAT_DTYPES[dtype], dtype)
+        fmt = float_format(dtype)
     else:
         return None
     shape = parts[0].ty.shape

@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from qcc.quant_schemes.scheme import WeightFormat
+from qcc.quant_schemes.format import WeightFormat
 
 LANES = 16
 MAGNITUDE, INFINITY_BITS, NAN_BITS = 0x7FFFFFFF, 0x7F800000, 0x7FC00000
@@ -29,9 +29,8 @@ def quantize_kernel(source: str, fmt: WeightFormat) -> tirx.PrimFunc:
     It computes what rounding/rtn.py does, in layout NK. NaN or infinite weights give a scale that
     is NaN or infinite.
     """
-    assert fmt.group is not None
-    group, lanes = fmt.group, _lanes(fmt.group)
-    per_word = fmt.codes_per_word
+    group, per_word = _group_size(fmt), 32 // fmt.bits
+    lanes = _lanes(group)
     with IRBuilder() as builder:
         with T.prim_func():
             T.func_attr({"global_symbol": "quantize", "tirx.noalias": True})
@@ -83,9 +82,8 @@ def cast_kernel(source: str, dtype: str) -> tirx.PrimFunc:
 
 def _group(load: Load, codes: Any, top: Any, fmt: WeightFormat) -> Any:
     """Choose the codes of one group; returns its scale, an f32 number of the model dtype."""
-    assert fmt.group is not None
-    lanes = _lanes(fmt.group)
-    vectors = fmt.group // lanes
+    lanes = _lanes(_group_size(fmt))
+    vectors = _group_size(fmt) // lanes
     every = _ramp(tirx.IntImm("int64", 0), lanes)
     T.buffer_store(top, _splat(T.uint32(0), lanes), [every])
     with _serial(vectors) as v:
@@ -95,14 +93,14 @@ def _group(load: Load, codes: Any, top: Any, fmt: WeightFormat) -> Any:
         rounded = T.reinterpret(_vec("uint32", lanes), _round(size, fmt.dtype))
         T.buffer_store(top, T.max(top[every], rounded), [every])
     largest = T.bind(_reduce_max(top[every], lanes))
-    scale = T.bind(_round(T.reinterpret("float32", largest) / T.float32(fmt.max_code), fmt.dtype))
+    scale = T.bind(_round(T.reinterpret("float32", largest) / T.float32(fmt.zero_code), fmt.dtype))
     zero = scale == T.float32(0)
     divisor = T.bind(_splat(T.Select(zero, T.float32(1), scale), lanes))
-    most = T.bind(_splat(T.Select(zero, T.float32(0), T.float32(2 * fmt.max_code)), lanes))
+    most = T.bind(_splat(T.Select(zero, T.float32(0), T.float32(fmt.top_code)), lanes))
     with _serial(vectors) as v:
         weight = _round(load(v * lanes), fmt.dtype)
         ratio = _round(weight / divisor, fmt.dtype)
-        shifted = _round(ratio + _splat(T.float32(fmt.max_code), lanes), fmt.dtype)
+        shifted = _round(ratio + _splat(T.float32(fmt.zero_code), lanes), fmt.dtype)
         whole = T.call_llvm_pure_intrin(_vec("float32", lanes), "llvm.rint", shifted)
         code = T.min(T.max(whole, _splat(T.float32(0), lanes)), most)
         code = T.cast(T.cast(code, _vec("int32", lanes)), _vec("uint8", lanes))
@@ -112,11 +110,10 @@ def _group(load: Load, codes: Any, top: Any, fmt: WeightFormat) -> Any:
 
 def _pack(codes: Any, words: Any, row: Any, first: Any, fmt: WeightFormat) -> None:
     """Write the words of a group's codes, from word `first` on."""
-    assert fmt.group is not None
-    lanes = _lanes(fmt.group)
-    per_word = fmt.codes_per_word
+    group, per_word = _group_size(fmt), 32 // fmt.bits
+    lanes = _lanes(group)
     if fmt.bits in (4, 8) and lanes % per_word == 0:
-        with _serial(fmt.group // lanes) as v:
+        with _serial(group // lanes) as v:
             part = codes[_ramp(v * lanes, lanes)]
             if fmt.bits == 4:
                 # Two bytes 0000bbbb 0000aaaa, as one little endian uint16, become one bbbbaaaa.
@@ -127,7 +124,7 @@ def _pack(codes: Any, words: Any, row: Any, first: Any, fmt: WeightFormat) -> No
             packed = T.reinterpret(_vec("uint32", count), part)
             T.buffer_store(words, packed, [row, _ramp(first + v * count, count)])
         return
-    with _serial(fmt.group // per_word) as j:
+    with _serial(group // per_word) as j:
         word, done = T.uint32(0), 0
         while done < per_word:
             count = next(size for size in (8, 4, 2, 1) if size <= per_word - done)
@@ -187,6 +184,11 @@ def _reduce_max(vector: Any, lanes: int) -> Any:
     if lanes == 1:
         return vector
     return T.call_llvm_pure_intrin("uint32", "llvm.vector.reduce.umax", vector)
+
+
+def _group_size(fmt: WeightFormat) -> int:
+    assert isinstance(fmt.group, int), f"{fmt} has no groups of columns"
+    return fmt.group
 
 
 def _lanes(group: int) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcc.quant_schemes.format import WeightFormat
 from qcc.quant_schemes.packing import float_dtype
-from qcc.quant_schemes.scheme import WeightFormat
 
 Array = npt.NDArray[Any]
 ALIGNMENT = 64  # bytes; what compiled code assumes of an array
@@ -32,17 +32,24 @@ def aligned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
+def takes(fmt: WeightFormat) -> bool:
+    """Whether `quantize` serves a format: the contract's grid in groups of whole words."""
+    groups = fmt.is_contract and isinstance(fmt.group, int)
+    return groups and (fmt.bits in (4, 8) or fmt.sparse_words)
+
+
 def quantize(rows: Array, fmt: WeightFormat) -> tuple[Array, Array]:
     """Round rows to nearest and pack their codes, in layout NK whatever the format's layout is.
 
     Args:
         rows: float32, float16 or bfloat16 [r, k], C-contiguous.
-        fmt: a quantized format.
+        fmt: one that `takes` says yes to.
 
     Returns:
         (words uint32[r, num_words(k)], scales fmt.dtype[r, num_groups(k)]). A group with a number
         that is not finite, or that the format's dtype cannot hold, has a scale that is not finite.
     """
+    assert takes(fmt), f"no kernel for {fmt}"
     r, k = rows.shape
     words = aligned_empty((r, fmt.num_words(k)), np.uint32)
     scales = aligned_empty((r, fmt.num_groups(k)), float_dtype(fmt.dtype))

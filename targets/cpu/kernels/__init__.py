@@ -3,6 +3,8 @@
 tir.py       small helpers around TVM's IR builder
 layout.py    the weight layout that the kernels read, and the repack functions that make it
 decode.py    codes in registers -> f32 numbers
-linear.py    GEMV (one row) and GEMM (many rows) over that layout; rows of an embedding table
+steps.py     how a kernel walks a row: columns that are unrolled, columns under one scale
+gemv.py      a linear layer of one row;  gemm.py  of many rows
+table_rows.py  rows of an embedding table
 attention*   attention over the paged KV cache
 """

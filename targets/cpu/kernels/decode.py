@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from qcc.quant_schemes.scheme import WeightFormat
+from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels.tir import splat
 
-TABLE_LANES = 16  # numbers that one vpermps looks up
+TABLE_LANES = 16  # numbers of a vector with table lookup
+TABLE_BITS = 5  # of an index into two such vectors
 
 
 def float_vector(isa: Isa, fmt: WeightFormat, loaded: Any) -> Any:
@@ -21,26 +24,78 @@ def float_vector(isa: Isa, fmt: WeightFormat, loaded: Any) -> Any:
     return T.cast(loaded, vector(isa, "float32")) if fmt.dtype != "float32" else loaded
 
 
-def code_vector(isa: Isa, fmt: WeightFormat, words: Any, element: int) -> Any:
-    """(q - M) in f32 of code `element` of each lane's word."""
-    shift = element * fmt.bits
-    shifted = words >> splat(T.uint32(shift), isa.lanes) if shift else words
-    if isa.table_lookup and fmt.bits <= 4:
-        return _lookup(isa, fmt, shifted)
-    code = shifted & splat(T.uint32(2**fmt.bits - 1), isa.lanes)
+def position(index: int, bits: int, sparse: bool = False) -> tuple[int, int]:
+    """(word, first bit in it) of code `index` of a row of words."""
+    if sparse:
+        word, element = divmod(index, 32 // bits)
+        return word, element * bits
+    return divmod(index * bits, 32)
+
+
+def code_vector(
+    isa: Isa, word: Callable[[int], Any], at: tuple[int, int], bits: int, zero: int
+) -> Any:
+    """(q - zero) in f32 of the code that begins at (word, bit) `at` in each lane.
+
+    Args:
+        isa: of the kernel.
+        word: number of a word -> uint32 vector, one word a lane.
+        at: from `position`.
+        bits: of a code.
+        zero: the code that stands for 0.
+    """
+    first, shift = at
+    if shift + bits > 32:
+        # The code goes on in the next word.
+        amount = splat(T.uint32(shift), isa.lanes)
+        vtype = vector(isa, "uint32")
+        shifted = T.call_llvm_pure_intrin(vtype, "llvm.fshr", word(first + 1), word(first), amount)
+    else:
+        shifted = word(first)
+        if shift:
+            shifted = shifted >> splat(T.uint32(shift), isa.lanes)
+    if isa.table_lookup and bits <= TABLE_BITS:
+        return _lookup(isa, bits, zero, shifted)
+    code = shifted
+    if shift + bits != 32:
+        code = shifted & splat(T.uint32(2**bits - 1), isa.lanes)
     number = T.cast(T.reinterpret(vector(isa, "int32"), code), vector(isa, "float32"))
-    return number - splat(T.float32(fmt.max_code), isa.lanes)
+    return number - splat(T.float32(zero), isa.lanes) if zero else number
 
 
-def _lookup(isa: Isa, fmt: WeightFormat, shifted: Any) -> Any:
-    """vpermps reads the low 4 bits of an index: the table repeats for codes of fewer bits."""
-    entries = [float(i % 2**fmt.bits - fmt.max_code) for i in range(TABLE_LANES)]
-    table = T.Shuffle(
-        [T.float32(entry) for entry in entries], [T.int32(i) for i in range(TABLE_LANES)]
-    )
-    return T.call_llvm_pure_intrin(
-        vector(isa, "float32"),
-        "llvm.x86.avx512.permvar.sf.512",
-        table,
-        T.reinterpret(vector(isa, "int32"), shifted),
-    )
+def _lookup(isa: Isa, bits: int, zero: int, shifted: Any) -> Any:
+    """vpermps reads the low 4 bits of an index and vpermi2ps 5: tables of fewer codes repeat."""
+    vtype, index = vector(isa, "float32"), T.reinterpret(vector(isa, "int32"), shifted)
+    low = _table(range(TABLE_LANES), bits, zero)
+    if bits <= 4:
+        return T.call_llvm_pure_intrin(vtype, "llvm.x86.avx512.permvar.sf.512", low, index)
+    high = _table(range(TABLE_LANES, 2 * TABLE_LANES), bits, zero)
+    return T.call_llvm_pure_intrin(vtype, "llvm.x86.avx512.vpermi2var.ps.512", low, index, high)
+
+
+def _table(codes: range, bits: int, zero: int) -> Any:
+    entries = [T.float32(code % 2**bits - zero) for code in codes]
+    return T.Shuffle(entries, [T.int32(i) for i in range(TABLE_LANES)])
+
+
+def code_scalar(word: Callable[[Any], Any], index: Any, bits: int, sparse: bool = False) -> Any:
+    """Code `index`, a TIR expression, of one row of words; uint32.
+
+    Args:
+        word: number of a word -> uint32 expression.
+        index: of the code in the row, int64.
+        bits: of a code.
+        sparse: words hold whole codes only.
+    """
+    if sparse:
+        each = 32 // bits
+        at, first = tirx.floordiv(index, each), tirx.floormod(index, each) * bits
+    else:
+        at, first = tirx.floordiv(index * bits, 32), tirx.floormod(index * bits, 32)
+    shift = first.astype("uint32")
+    code = word(at) >> shift
+    if not sparse and 32 % bits:
+        over = word(at + 1) << (tirx.const(32, "uint32") - shift)
+        # A word past the row's last is not read.
+        code = code | tirx.if_then_else(first + bits > 32, over, tirx.const(0, "uint32"))
+    return code & tirx.const(2**bits - 1, "uint32")

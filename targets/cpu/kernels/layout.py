@@ -1,10 +1,14 @@
 """The weight layout of the CPU kernels, and the repack functions from the stored layout.
 
-Stored (canonical):  q_weight uint32[n, w], q_scale[n, g] (KN: transposed), float weight [n, k]
-Here (lanes L):      words uint32[n', w, L], scales[n', g, L], float weight [n', k, L]
+Stored (canonical):  [n, columns] (KN: transposed), see quant_schemes/packing.py; float [n, k]
+Here (lanes L):      [n', columns, L]
 with row = block * L + lane and n' = ceil(n / L) rounded up to whole GEMM panels, padded with 0. So
-one aligned vector load takes one word (or number) of L rows. Scales stay f16 or f32; bf16 scales
-become f32, and bf16 weights travel as their bits in uint16.
+one aligned vector load takes one word (or number) of L rows. The columns of each part:
+    q_weight                     the stored words
+    q_scale, q_bias, q_block_*   the stored numbers; one scale of a tensor is repeated for each row
+    streams of group codes       uint8 codes (q_zero, two-level q_scale and q_bias), except
+        `streamed` ones          the stored words, where a step of the kernels ends at a word's end
+Numbers stay f16 or f32; bf16 numbers become f32, and bf16 weights travel as bits in uint16.
 """
 
 from __future__ import annotations
@@ -14,8 +18,11 @@ from functools import cache
 from tvm import te, tirx
 
 from qcc.quant_schemes.attributes import REPACK, ROLE
-from qcc.quant_schemes.scheme import WeightFormat
+from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa
+from qcc.targets.cpu.kernels.decode import code_scalar
+
+STREAMED_GROUP = 16  # columns of the widest group whose 4-bit scale codes are read from words
 
 
 def row_blocks(n: int, isa: Isa) -> int:
@@ -23,11 +30,16 @@ def row_blocks(n: int, isa: Isa) -> int:
     return -(-n // (isa.lanes * isa.tile_n)) * isa.tile_n
 
 
-def packed_dtype(suffix: str, dtype: str) -> str:
-    """What a stored part's dtype becomes in the kernels' layout."""
-    if dtype != "bfloat16":
-        return dtype
-    return "uint16" if suffix == "weight" else "float32"
+def streamed(fmt: WeightFormat) -> bool:
+    """Whether the kernels read two-level scale codes from the stored words: 8 codes in each."""
+    return fmt.scale_bits == 4 and isinstance(fmt.group, int) and fmt.group <= STREAMED_GROUP
+
+
+def _code_bits(fmt: WeightFormat, suffix: str) -> int | None:
+    """Bits of the codes of a part that holds one code a group; None: it holds something else."""
+    if suffix == "q_zero":
+        return fmt.bits
+    return fmt.scale_bits if suffix in ("q_scale", "q_bias") else None
 
 
 def packed_parts(
@@ -36,9 +48,12 @@ def packed_parts(
     """(suffix, shape [n', columns, L], dtype) of each part in the kernels' layout."""
     found = []
     for part in fmt.stored(n, k):
-        columns = part.shape[0] if _transposed(fmt) else part.shape[1]
-        shape = (row_blocks(n, isa), columns, isa.lanes)
-        found.append((part.suffix, shape, packed_dtype(part.suffix, part.dtype)))
+        columns, dtype = part.shape[0] if _transposed(fmt) else part.shape[1], part.dtype
+        if _code_bits(fmt, part.suffix) and not streamed(fmt):
+            columns, dtype = fmt.num_groups(k), "uint8"
+        if dtype == "bfloat16":
+            dtype = "uint16" if part.suffix == "weight" else "float32"
+        found.append((part.suffix, (row_blocks(n, isa), columns, isa.lanes), dtype))
     return found
 
 
@@ -54,15 +69,25 @@ def repack_func(fmt: WeightFormat, n: int, k: int, part: int, isa: Isa) -> tirx.
     source = te.placeholder(
         [tirx.IntImm("int64", d) for d in stored.shape], stored.dtype, name=stored.suffix
     )
+    rows = stored.shape[1] if _transposed(fmt) else stored.shape[0]
 
     def element(block: tirx.Var, column: tirx.Var, lane: tirx.Var) -> tirx.Expr:
         row = block * isa.lanes + lane
-        inside = tirx.min(row, tirx.IntImm("int64", n - 1))
-        value = source[column, inside] if _transposed(fmt) else source[inside, column]
-        if stored.dtype == "bfloat16":
-            value = (
-                tirx.reinterpret("uint16", value) if dtype == "uint16" else value.astype("float32")
-            )
+        inside = tirx.min(row, tirx.IntImm("int64", rows - 1))
+
+        def at(index: tirx.Expr) -> tirx.Expr:
+            return source[index, inside] if _transposed(fmt) else source[inside, index]
+
+        if dtype == "uint8":
+            bits = _code_bits(fmt, stored.suffix)
+            assert bits is not None, f"{stored.suffix} holds no codes"
+            value = code_scalar(at, column, bits).astype("uint8")
+        elif stored.dtype == "bfloat16":
+            bf16 = at(column)
+            bits16 = dtype == "uint16"
+            value = tirx.reinterpret("uint16", bf16) if bits16 else bf16.astype("float32")
+        else:
+            value = at(column)
         return tirx.if_then_else(row < n, value, tirx.const(0, dtype))
 
     out = te.compute([tirx.IntImm("int64", d) for d in shape], element, name="repack")

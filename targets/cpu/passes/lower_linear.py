@@ -19,7 +19,10 @@ from tvm import tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from qcc.targets.cpu.isa import Isa
-from qcc.targets.cpu.kernels import layout, linear
+from qcc.targets.cpu.kernels import layout
+from qcc.targets.cpu.kernels.gemm import gemm
+from qcc.targets.cpu.kernels.gemv import gemv
+from qcc.targets.cpu.kernels.table_rows import table_rows
 from qcc.targets.matching import (
     Bindings,
     Weight,
@@ -113,7 +116,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
             rows = rows * extent
         rows = tvm.sym.Analyzer().simplify(rows)
         single = isinstance(rows, tirx.IntImm) and int(rows) == 1
-        make = linear.gemv if single else linear.gemm
+        make = gemv if single else gemm
         func = make(match.format, match.n, match.k, self.isa)
         gv = self._add(func, "gemv" if single else "gemm")
         flat = self.builder_.emit(rx.op.reshape(x, (rows, match.k)))
@@ -122,7 +125,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         return rx.op.reshape(y, list(ty.shape))
 
     def _table_rows(self, table: Weight, ids: rx.Expr, ty: Any) -> rx.Expr:
-        func = linear.table_rows(table.format, table.n, table.k, self.isa)
+        func = table_rows(table.format, table.n, table.k, self.isa)
         gv = self._add(func, "table_rows")
         out = rx.TensorType(ty.shape, "float32")
         return rx.call_tir(gv, [*self._repacked(table), ids], out_ty=out)

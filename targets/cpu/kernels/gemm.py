@@ -1,0 +1,174 @@
+"""y = x @ W.T over repacked weights for many rows of x.
+
+A panel of L * tile_n rows and about CHUNK columns is expanded to f32 in cache, then a register tile
+runs over all rows of x. All arithmetic is f32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from qcc.quant_schemes.attributes import LINEAR, ROLE
+from qcc.quant_schemes.format import WeightFormat
+from qcc.targets.cpu.isa import Isa, vector
+from qcc.targets.cpu.kernels.layout import packed_parts, row_blocks
+from qcc.targets.cpu.kernels.steps import Step, steps_of
+from qcc.targets.cpu.kernels.tir import (
+    extents,
+    fma,
+    i64,
+    kernel,
+    lanes_from,
+    parallel,
+    registers,
+    serial,
+    splat,
+    zeros,
+)
+
+CHUNK = 128  # columns of a panel: 128 x 64 f32 is 32 KiB
+
+
+@cache
+def gemm(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
+    """PrimFunc (x f32[m, k], parts) -> y f32[m, n], any m."""
+    rows = tirx.Var("m", "int64")
+    step = steps_of(fmt, k).step
+    chunk = max(CHUNK // step, 1) * step
+    panel_columns = isa.lanes * isa.tile_n
+
+    def body(x: Any, *rest: Any) -> None:
+        *parts, out = rest
+        with parallel(row_blocks(n, isa) // isa.tile_n) as panel:
+            expanded = T.alloc_buffer(
+                extents((chunk, panel_columns)), "float32", scope="global", layout=None
+            )  # [column of the chunk, row of the panel]
+
+            def one_chunk(index: Any, columns: int) -> None:
+                for v in range(isa.tile_n):
+                    block = panel * isa.tile_n + v
+
+                    def expand(s: Any, count: int, block: Any = block, v: int = v) -> None:
+                        number = index * (chunk // step) + s
+                        _expand(isa, fmt, k, parts, expanded, block, v, number, s * step, count)
+
+                    if columns >= step:
+                        with serial(columns // step) as s:
+                            expand(s, step)
+                    if columns % step:
+                        expand(i64(columns // step), columns % step)
+                with serial(tirx.floordiv(rows + isa.tile_m - 1, isa.tile_m)) as tile:
+                    _micro_tile(
+                        isa,
+                        x,
+                        expanded,
+                        out,
+                        tile * isa.tile_m,
+                        rows,
+                        panel,
+                        index,
+                        chunk,
+                        columns,
+                        n,
+                    )
+
+            if k >= chunk:
+                with serial(k // chunk) as index:
+                    one_chunk(index, chunk)
+            if k % chunk:
+                one_chunk(i64(k // chunk), k % chunk)
+
+    args = [("x", (rows, k), "float32"), *packed_parts(fmt, n, k, isa), ("y", (rows, n), "float32")]
+    return kernel("gemm", args, body, {ROLE: LINEAR})
+
+
+def _expand(
+    isa: Isa,
+    fmt: WeightFormat,
+    k: int,
+    parts: list[Any],
+    expanded: Any,
+    block: Any,
+    v: int,
+    index: Any,
+    row: Any,
+    count: int,
+) -> None:
+    """Expand `count` columns of step `index`, rows of `block`, to rows `row`... of the panel."""
+    step = Step(isa, fmt, k, parts, block, index)
+    for first, columns in step.steps.segments(count):
+        numbers = None if fmt.is_float else step.numbers(first)
+        for column in range(first, first + columns):
+            value = step.number(column) if numbers is None else step.weight(column, numbers)
+            T.buffer_store(expanded, value, [row + column, lanes_from(v * isa.lanes, isa.lanes)])
+
+
+def _micro_tile(
+    isa: Isa,
+    x: Any,
+    expanded: Any,
+    out: Any,
+    first: Any,
+    rows: Any,
+    panel: Any,
+    chunk_index: Any,
+    chunk: int,
+    columns: int,
+    n: int,
+) -> None:
+    """tile_m rows of x times one chunk of a panel, added to out (set in the first chunk)."""
+    vtype = vector(isa, "float32")
+    clipped = [T.bind(T.min(first + i, rows - 1)) for i in range(isa.tile_m)]
+    sums = registers(isa.tile_m * isa.tile_n, isa.lanes)
+    for acc in sums:
+        T.buffer_store(acc, zeros(isa.lanes), [0])
+    with serial(columns) as column:
+        weights = [
+            T.bind(expanded[column, lanes_from(v * isa.lanes, isa.lanes)])
+            for v in range(isa.tile_n)
+        ]
+        for i in range(isa.tile_m):
+            xk = T.bind(splat(x[clipped[i], chunk_index * chunk + column], isa.lanes))
+            for v in range(isa.tile_n):
+                acc = sums[i * isa.tile_n + v]
+                T.buffer_store(acc, fma(xk, weights[v], acc[0], vtype), [0])
+    for i in range(isa.tile_m):
+        with T.If(first + i < rows):
+            with T.Then():
+                for v in range(isa.tile_n):
+                    target = (panel * isa.tile_n + v) * isa.lanes
+                    _accumulate(
+                        isa, out, first + i, target, n, sums[i * isa.tile_n + v][0], chunk_index
+                    )
+
+
+def _accumulate(
+    isa: Isa, out: Any, row: Any, column: Any, n: int, value: Any, chunk_index: Any
+) -> None:
+    """out[row, column:] += value where the columns exist; the first chunk stores."""
+    with T.If(column + isa.lanes <= n):
+        with T.Then():
+            index = [row, lanes_from(column, isa.lanes)]
+            before = out[tuple(index)]
+            with T.If(chunk_index == 0):
+                with T.Then():
+                    T.buffer_store(out, value, index)
+                with T.Else():
+                    T.buffer_store(out, before + value, index)
+        with T.Else():
+            spill = T.alloc_buffer((isa.lanes,), "float32", scope="local", layout=None)
+            T.buffer_store(spill, value, [lanes_from(0, isa.lanes)])
+            with serial(isa.lanes) as lane:
+                with T.If(column + lane < n):
+                    with T.Then():
+                        with T.If(chunk_index == 0):
+                            with T.Then():
+                                T.buffer_store(out, spill[lane], [row, column + lane])
+                            with T.Else():
+                                T.buffer_store(
+                                    out, out[row, column + lane] + spill[lane], [row, column + lane]
+                                )
