@@ -39,6 +39,7 @@ HARMLESS_AT: dict[str, Any] = {
     "mlp_bias": False,
 }
 QUANTIZED_KEYS = ("quantization_config", "compression_config")
+IMPORTED_METHODS = ("gptq", "awq")  # of a quantization_config; qcc.compiler.imports reads them
 
 # Far above every released model. Each number sizes a loop or an array of the compiler, which
 # would otherwise hang or overflow long before the weights are found not to fit.
@@ -115,13 +116,20 @@ class ConfigReader:
     def finish(self) -> None:
         """Refuse every key that was neither read nor is known to be harmless."""
         for key in QUANTIZED_KEYS:
-            if self.raw.get(key):
+            value = self.raw.get(key)
+            method = value.get("quant_method") if isinstance(value, dict) else None
+            if value and (key != "quantization_config" or method not in IMPORTED_METHODS):
                 raise QccError(
-                    f"{self.where}: it has a {key}: an already quantized checkpoint is not "
-                    "supported yet; compile the float checkpoint that it was made from"
+                    f"{self.where}: it has a {key} {shown(method or value)}: of quantized "
+                    f"checkpoints only {' and '.join(IMPORTED_METHODS)} (safetensors) and GGUF "
+                    "files are read; compile the float checkpoint that it was made from"
                 )
         for key, value in self.raw.items():
-            if key in self._read or key in HARMLESS_KEYS or value is None or value == {}:
+            if (
+                key in (*QUANTIZED_KEYS, *self._read, *HARMLESS_KEYS)
+                or value is None
+                or value == {}
+            ):
                 continue
             # `is`, as 0 and 0.0 equal False in Python.
             if key in HARMLESS_AT and value is HARMLESS_AT[key]:

@@ -1,15 +1,17 @@
 """Checkpoint: the tensors of a Hugging Face folder by name, read on demand.
 
 It reads model.safetensors, or model.safetensors.index.json and its shards, or (only with
-allow_pickle) pytorch_model.bin and pytorch_model.bin.index.json. Opening reads and checks headers
-only. The folder is untrusted input: whatever is wrong is a QccError of one line. Symbolic links
-are followed, since hub caches are made of them; names with a path in them are refused.
+allow_pickle) pytorch_model.bin and pytorch_model.bin.index.json. What another tool quantized
+(model.gguf, GPTQ, AWQ) is read by qcc.compiler.imports and appears under the same names, as
+numbers and as codes. Opening reads and checks headers only. The folder is untrusted input: whatever
+is wrong is a QccError of one line. Symbolic links are followed, since hub caches are made of them;
+names with a path in them are refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,14 +19,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qcc.compiler.imports.coded_file import CodedFile, Origin
 from qcc.compiler.weights.safetensors_file import SafetensorsFile
 from qcc.compiler.weights.torch_file import TorchFile
+from qcc.quant_schemes.format import WeightFormat
+from qcc.quant_schemes.packing import Quantized
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import read_json
 
-SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+SAFETENSORS, PICKLE, GGUF = "model.safetensors", "pytorch_model.bin", "model.gguf"
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 _AGAIN = "download the model again"
+_File = SafetensorsFile | TorchFile | CodedFile
 
 
 class Checkpoint:
@@ -33,13 +39,19 @@ class Checkpoint:
     def __init__(
         self,
         folder: Path,
-        files: Mapping[str, SafetensorsFile | TorchFile],
-        file_of: dict[str, str],
+        files: Mapping[str, _File],
+        file_of: Mapping[str, str],
+        unlisted: Collection[str] = (),
     ) -> None:
-        """Use `open`; `file_of` maps each tensor's name to the name of its file."""
+        """Use `open`.
+
+        `file_of` maps each tensor's name to the name of its file; `unlisted` are in no list of
+        names, but may be read.
+        """
         self.folder = folder
         self._files = dict(files)
-        self._file_of = file_of
+        self._file_of = dict(file_of)
+        self._unlisted = frozenset(unlisted)
 
     @classmethod
     def open(cls, folder: Path | str, allow_pickle: bool = False) -> Checkpoint:
@@ -52,6 +64,23 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise QccError(f"{folder}: no such folder; give a folder with a Hugging Face model")
+        if (folder / GGUF).is_file():
+            from qcc.compiler.imports.gguf_file import GgufFile
+
+            gguf = GgufFile(folder / GGUF)
+            return cls(folder, {GGUF: gguf}, dict.fromkeys(gguf.entries, GGUF))
+        from qcc.compiler.imports.packed_file import unpacked
+
+        opened = cls._open_folder(folder, allow_pickle)
+        try:
+            return unpacked(opened)
+        except BaseException:
+            opened.close()
+            raise
+
+    @classmethod
+    def _open_folder(cls, folder: Path, allow_pickle: bool) -> Checkpoint:
+        """The tensors as they are stored."""
         names = [SAFETENSORS, f"{SAFETENSORS}.index.json", PICKLE, f"{PICKLE}.index.json"]
         # A dangling link counts: it must be reported as broken, not passed over.
         found = next((n for n in names if (folder / n).exists() or (folder / n).is_symlink()), None)
@@ -63,7 +92,7 @@ class Checkpoint:
                 "loads weights only, it runs no code), or convert them to safetensors"
             )
         weight_map = _read_index(folder / found) if found.endswith(".json") else None
-        files: dict[str, SafetensorsFile | TorchFile] = {}
+        files: dict[str, _File] = {}
         try:
             for name in dict.fromkeys(weight_map.values()) if weight_map else [found]:
                 path = folder / name
@@ -83,6 +112,23 @@ class Checkpoint:
                 file.close()
             raise
         return cls(folder, files, weight_map)
+
+    def overlaid(
+        self, file: CodedFile, gone: Collection[str] = (), unlisted: Collection[str] = ()
+    ) -> Checkpoint:
+        """This checkpoint with the tensors of `file` instead of its own; closes with it.
+
+        Args:
+            file: its tensors come first, under names that may be new.
+            gone: names that are no more.
+            unlisted: names that are read but not listed.
+        """
+        key = f"overlay {len(self._files)}"
+        kept = {name: own for name, own in self._file_of.items() if name not in set(gone)}
+        file_of = {**kept, **dict.fromkeys(file.entries, key)}
+        return Checkpoint(
+            self.folder, {**self._files, key: file}, file_of, self._unlisted | set(unlisted)
+        )
 
     def close(self) -> None:
         """Close all files."""
@@ -105,7 +151,7 @@ class Checkpoint:
     @property
     def names(self) -> list[str]:
         """Names of all tensors, in the order of the file or the index."""
-        return list(self._file_of)
+        return [name for name in self._file_of if name not in self._unlisted]
 
     def __contains__(self, name: str) -> bool:
         """Whether there is a tensor of this name."""
@@ -122,6 +168,22 @@ class Checkpoint:
     def dtype(self, name: str) -> str:
         """float32, float16, bfloat16, or the file's own name of a dtype that `read` refuses."""
         return self._file(name).dtype(name)
+
+    def origin(self, name: str) -> Origin | None:
+        """What another tool quantized the tensor to; None: it is stored as numbers."""
+        file = self._file(name)
+        return file.origin(name) if isinstance(file, CodedFile) else None
+
+    def format(self, name: str) -> WeightFormat | None:
+        """The format that represents the stored codes exactly; None: there is none."""
+        origin = self.origin(name)
+        return origin.format if origin is not None else None
+
+    def quantized(self, name: str) -> Quantized:
+        """The stored codes and their grid, where `format` is not None."""
+        file = self._file(name)
+        assert isinstance(file, CodedFile), f"{name} is stored as numbers"
+        return file.quantized(name)
 
     def check(self, name: str, shape: tuple[int, ...] | None = None) -> None:
         """Refuse a tensor that is absent, of another shape, or of a dtype that is not read.
@@ -168,7 +230,12 @@ class Checkpoint:
             buffer = np.empty((stop - start) * ITEMSIZE[self.dtype(name)], np.uint8)
         return self._file(name).read(name, start, stop, buffer)
 
-    def _file(self, name: str) -> SafetensorsFile | TorchFile:
+    def read_words(self, name: str) -> npt.NDArray[np.int32]:
+        """A whole tensor of packed codes, dtype I32, flat."""
+        count = math.prod(self.shape(name))
+        return self._file(name).read(name, 0, count, np.empty(count * 4, np.uint8))
+
+    def _file(self, name: str) -> _File:
         if name not in self._file_of:
             raise QccError(
                 f"{self.folder}: the checkpoint has no tensor {name!r}; its config.json and its "

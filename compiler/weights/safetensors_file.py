@@ -31,6 +31,7 @@ READABLE: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I32": np.dtype("<i4"),  # the words of packed codes, for qcc.compiler.imports
 }
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _AGAIN = "download it again"
@@ -92,7 +93,7 @@ class SafetensorsFile:
             buffer: uint8[at least the bytes asked for]; the result is a view of it.
 
         Returns:
-            float32, float16 or ml_dtypes.bfloat16 [stop - start].
+            float32, float16, ml_dtypes.bfloat16 or int32 [stop - start].
         """
         entry = self.entries[name]
         dtype = READABLE[entry.dtype]
