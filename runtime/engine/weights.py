@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -156,25 +156,28 @@ class _SlotMaker:
     ) -> None:
         self.artifact, self.library, self.total, self.progress = artifact, library, total, progress
         self.slots = library.metadata.slots
-        self.types = {param.name: param for param in library.metadata.params}
         self.done = 0
 
     def tensor(self, slot: Slot) -> Any:
-        stored = list(self._stored(slot))
-        made = stored[0] if slot.repack is None else self.library.repack(slot.repack, stored)
-        got = TensorType(slot.type.name, tuple(map(int, made.shape)), str(made.dtype))
-        if got != slot.type:
-            raise AssertionError(f"{slot.repack} made {got}, the library expects {slot.type}")
+        made = slot_of(self.library, slot, self.artifact.read)
         self.done += slot.type.nbytes
         if self.progress:
             self.progress(self.done, self.total)
         return made
 
-    def _stored(self, slot: Slot) -> Iterator[Any]:
-        for name in slot.stored:
-            array = np.ascontiguousarray(self.artifact.read(name))
-            flat = aligned_copy(array.reshape(-1).view(np.uint8))
-            yield as_tensor(flat, 0, self.types[name])
+
+def slot_of(library: Library, slot: Slot, read: Callable[[str], np.ndarray[Any, Any]]) -> Any:
+    """The tensor of a slot, made of its stored tensors in the artifact's dtypes: read(name)."""
+    types = {param.name: param for param in library.metadata.params}
+    stored = []
+    for name in slot.stored:
+        flat = aligned_copy(np.ascontiguousarray(read(name)).reshape(-1).view(np.uint8))
+        stored.append(as_tensor(flat, 0, types[name]))
+    made = stored[0] if slot.repack is None else library.repack(slot.repack, stored)
+    got = TensorType(slot.type.name, tuple(map(int, made.shape)), str(made.dtype))
+    if got != slot.type:
+        raise AssertionError(f"{slot.repack} made {got}, the library expects {slot.type}")
+    return made
 
 
 def aligned_copy(flat: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
