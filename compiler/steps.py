@@ -26,6 +26,7 @@ class Steps:
         """Remember where to print; `quiet`: nowhere."""
         self.stream = None if quiet else stream or sys.stderr
         self.times: dict[str, float] = {}
+        self._begun: dict[str, float] = {}
 
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
@@ -43,6 +44,15 @@ class Steps:
             size = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
             self._transient(f"{name} {done / total:4.0%}  {size}")
 
+    def count(self, name: str, done: int, total: int, unit: str) -> None:
+        """Show how far a long step is, and the time that it will still take at this speed."""
+        begun = self._begun.setdefault(name, time.perf_counter())
+        if done >= total:
+            del self._begun[name]
+        spent = time.perf_counter() - begun
+        left = f", {duration(spent / done * (total - done))} left" if done else ""
+        self._transient(f"{name} {done / max(total, 1):4.0%}  {done:,} of {total:,} {unit}{left}")
+
     def _transient(self, text: str) -> None:
         if self.stream is not None and self.stream.isatty():
             self.stream.write(f"\r\x1b[K  {text}")
@@ -54,3 +64,10 @@ class Steps:
             lead = "\r\x1b[K" if self.stream.isatty() else ""
             self.stream.write(f"{lead}{text}\n")
             self.stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

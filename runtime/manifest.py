@@ -14,6 +14,7 @@ from qcc.runtime.files import checksum, read_json, write_file
 
 FORMAT = 1
 QCC_JSON = "qcc.json"
+OPTIONAL = ("quality", "calibration")
 RECOMPILE = "compile the model again with qcc compile"
 # What wrong JSON raises while it is taken apart.
 MALFORMED = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
@@ -43,6 +44,7 @@ class Manifest:
     sizes: Mapping[str, int]
     libraries: Mapping[str, LibraryFile]
     quality: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None  # name and sha256 of the text
 
 
 def running_versions() -> dict[str, str]:
@@ -124,7 +126,7 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
     if unknown := set(values) - {item.name for item in fields(Manifest)}:
         raise ValueError(f"unknown keys {sorted(unknown)}")
     for item in fields(Manifest):
-        if item.name not in values and item.name != "quality":
+        if item.name not in values and item.name not in OPTIONAL:
             raise KeyError(item.name)
     libraries = {str(k): LibraryFile(**v) for k, v in values.pop("libraries").items()}
     manifest = Manifest(libraries=libraries, **values)

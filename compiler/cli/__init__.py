@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from qcc.quant_schemes.errors import SchemeError, did_you_mean
 from qcc.runtime.errors import QccError
 
-ORDER = ("quickstart", "compile", "convert", "generate", "chat", "show", "list", "doctor")
+ORDER = ("quickstart", "compile", "convert", "generate", "chat", "eval", "show", "list", "doctor")
 # Errors of the operating system that are the user's business and not a bug of ours.
 USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 

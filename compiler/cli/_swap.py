@@ -7,7 +7,6 @@ What a weight's rounding alone does to the logits is measured with it: by the pe
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,10 @@ import numpy.typing as npt
 
 from qcc.compiler.build import weight_specs
 from qcc.compiler.driver import CompileOptions, compile_model
+from qcc.compiler.reference import SHARE, float_bytes
 from qcc.compiler.source import locate, stamp
 from qcc.compiler.steps import Steps
 from qcc.compiler.stored_weights import plan_of
-from qcc.compiler.weights.checkpoint import Checkpoint
 from qcc.runtime.artifact import Artifact
 from qcc.runtime.engine.memory import available_bytes
 from qcc.runtime.errors import QccError
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 FLOAT, LARGE = "q0f32", "q0bf16"
-SHARE = 0.6  # of the available memory that weights in f32 may take
 
 
 class SwappableModel:
@@ -167,6 +165,4 @@ def compiled_float(
 
 def _affordable(source: Path, allow_pickle: bool) -> str:
     """q0f32, or q0bf16 where weights in f32 would take too much of the memory."""
-    with Checkpoint.open(source, allow_pickle=allow_pickle) as checkpoint:
-        needed = 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
-    return FLOAT if needed < SHARE * available_bytes() else LARGE
+    return FLOAT if float_bytes(source, allow_pickle) < SHARE * available_bytes() else LARGE

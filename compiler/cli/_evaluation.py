@@ -1,0 +1,292 @@
+"""What `qcc eval` and `qcc compile --eval` do: artifacts, a text and a reference -> a Report.
+
+Not a verb. Every artifact runs through its own compiled library.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcc.compiler.reference import Stream, available, reference_logits
+from qcc.compiler.source import checksum, locate, stamp
+from qcc.compiler.steps import Steps
+from qcc.runtime.artifact import Artifact, running_versions
+from qcc.runtime.errors import QccError
+from qcc.runtime.eval.figures import Collector
+from qcc.runtime.eval.protocol import MAX_CONTEXT, Text, Windows, cut_windows, read_text
+from qcc.runtime.eval.report import Evaluation, Report
+from qcc.runtime.eval.saved import SavedLogits
+
+if TYPE_CHECKING:
+    from qcc.runtime.engine.llm import LLM
+    from qcc.runtime.engine.tokenizer import Tokenizer
+
+Floats = npt.NDArray[np.float32]
+REFERENCES = ("auto", "transformers", "qcc")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What `qcc eval` takes besides the artifacts and the text."""
+
+    against: str | None = None
+    reference: str = "auto"
+    context: int | None = None
+    max_tokens: int | None = None
+    save_logits: Path | None = None
+    layers: bool = False
+    tensors: bool = False
+    allow_pickle: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class _Original:
+    """MODEL: its checkpoint's folder, the reference's name and its logits."""
+
+    folder: Path
+    name: str
+    logits: Stream
+
+
+def evaluate(
+    artifacts: Sequence[Path | str],
+    text: Path | str,
+    options: EvalOptions | None = None,
+    steps: Steps | None = None,
+) -> Report:
+    """Measure artifacts side by side, by the protocol of runtime/eval.
+
+    Raises:
+        QccError: an unfit text, artifact, reference or size; logits that are no numbers.
+    """
+    options, steps = options or EvalOptions(), steps or Steps(quiet=True)
+    begun = time.perf_counter()
+    content = read_text(text)
+    opened = [Artifact.open(folder) for folder in artifacts]
+    context = choose_context(opened, options.context)
+    with steps.step("Load the artifacts"):
+        llms = [_load(artifact, context, options) for artifact in opened]
+    _check_vocabularies(llms)
+    windows = windows_of(content, llms[0].tokenizer, context, options.max_tokens)
+    original = None
+    if options.against is not None:
+        with steps.step("Load the reference") as step:
+            original = _original(options, llms, context, steps)
+            step.note = original.name
+    with steps.step("Run the windows") as step:
+        collectors = _run(llms, original, windows, options, steps)
+        step.note = f"{windows.tokens:,} tokens"
+    evaluations = [
+        _evaluation(llm, collector, content, original, options)
+        for llm, collector in zip(llms, collectors, strict=True)
+    ]
+    return Report(
+        tuple(evaluations),
+        original.name if original else None,
+        content,
+        windows,
+        running_versions(),
+        time.perf_counter() - begun,
+    )
+
+
+def choose_context(artifacts: Sequence[Artifact], wanted: int | None) -> int:
+    """Tokens of a window, the same for all: as asked for, else the least context, at most 2048.
+
+    Raises:
+        QccError: more than an artifact was compiled for.
+    """
+    lengths = {a.folder: a.manifest.sizes.get("context_window_size", -1) for a in artifacts}
+    bounded = {folder: length for folder, length in lengths.items() if length > 0}
+    if wanted is None:
+        return min([MAX_CONTEXT, *bounded.values()])
+    for folder, length in bounded.items():
+        if wanted > length:
+            raise QccError(
+                f"--context {wanted}: {folder} was compiled for {length} tokens; lower it, or "
+                "compile with --context-window"
+            )
+    return wanted
+
+
+def windows_of(text: Text, tokenizer: Tokenizer, context: int, max_tokens: int | None) -> Windows:
+    """The windows of a text by a model's tokenizer.
+
+    A model has no BOS where its tokenizer_config.json says null, whatever its other files say.
+    """
+    silent = tokenizer.config.get("bos_token", "") is None
+    bos = None if silent else tokenizer.bos_id
+    end = tokenizer.special_text("eos_token")
+    return cut_windows(text, tokenizer.encode_rendered, bos, context, end, max_tokens)
+
+
+def _load(artifact: Artifact, context: int, options: EvalOptions) -> LLM:
+    from qcc.runtime.engine.llm import LLM
+
+    bounded = artifact.manifest.sizes.get("context_window_size", -1) > 0
+    return LLM(
+        artifact.folder,
+        threads=options.threads,
+        context_window=context if bounded else None,
+        max_batch_size=1,
+    )
+
+
+def _check_vocabularies(llms: Sequence[LLM]) -> None:
+    """All artifacts must give the same tokens the same ids."""
+    first = llms[0].tokenizer.backend.get_vocab(with_added_tokens=True)
+    for llm in llms[1:]:
+        if llm.tokenizer.backend.get_vocab(with_added_tokens=True) != first:
+            raise QccError(
+                f"{llm.artifact.folder}: another vocabulary than {llms[0].artifact.folder}'s; "
+                "evaluate models of different tokenizers apart"
+            )
+
+
+def _original(options: EvalOptions, llms: Sequence[LLM], context: int, steps: Steps) -> _Original:
+    """MODEL, of the artifacts' vocabulary, ready to run."""
+    assert options.against is not None, "asked for only with --against"
+    folder = locate(options.against, options.allow_pickle)
+    _check_model(folder, llms[0])
+    kind = options.reference
+    if kind == "auto":
+        kind = "transformers" if available() else "qcc"
+    if kind == "transformers":
+        return _Original(folder, *reference_logits(folder, options.allow_pickle))
+    from qcc.compiler.cli._swap import SwappableModel
+
+    model = SwappableModel(folder, steps, context_window=context, allow_pickle=options.allow_pickle)
+
+    def stream(windows: Sequence[Sequence[int]]) -> Iterator[Floats]:
+        return map(model.logits, windows)
+
+    return _Original(folder, f"qcc {model.name}, {model.llm.artifact.folder}", stream)
+
+
+def _check_model(folder: Path, llm: LLM) -> None:
+    """Refuse a MODEL whose tokens have other ids than the artifact's."""
+    import tokenizers
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return  # a .gguf has its tokenizer in its metadata; the widths of logits are compared
+    try:
+        found = tokenizers.Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+    except Exception as err:
+        raise QccError(f"{path}: the tokenizers library cannot read it: {err}") from err
+    ours = llm.tokenizer.backend.get_vocab(with_added_tokens=True)
+    if found != ours:
+        raise QccError(
+            f"--against {folder}: another vocabulary ({len(found)} tokens) than "
+            f"{llm.artifact.folder}'s ({len(ours)}); give the model it was compiled from"
+        )
+
+
+def _run(
+    llms: Sequence[LLM],
+    original: _Original | None,
+    windows: Windows,
+    options: EvalOptions,
+    steps: Steps,
+) -> list[Collector]:
+    """All windows through all artifacts and the reference, in step: one window in memory."""
+    collectors = [Collector(str(llm.artifact.folder)) for llm in llms]
+    theirs = original.logits(windows.ids) if original else None
+    with ExitStack() as stack:
+        saved = (
+            stack.enter_context(SavedLogits(options.save_logits)) if options.save_logits else None
+        )
+        done = 0
+        for ids in windows.ids:
+            steps.count("Run the windows", done, windows.tokens, "tokens")
+            reference = next(theirs) if theirs else None
+            ours = [llm.logits(ids) for llm in llms]
+            if reference is not None and original is not None:
+                _check_width(reference, ids, original)
+            for collector, logits in zip(collectors, ours, strict=True):
+                collector.add(ids, logits, reference)
+            if saved:
+                saved.add(ids, ours, reference)
+            done += len(ids)
+    return collectors
+
+
+def _check_width(reference: Floats, ids: Sequence[int], original: _Original) -> None:
+    if reference.shape[1] <= max(ids):
+        raise QccError(
+            f"--against {original.folder}: logits of {reference.shape[1]} tokens, the text has "
+            f"token {max(ids)}; give the model that the artifact was compiled from"
+        )
+
+
+def _evaluation(
+    llm: LLM,
+    collector: Collector,
+    text: Text,
+    original: _Original | None,
+    options: EvalOptions,
+) -> Evaluation:
+    artifact = llm.artifact
+    warnings = [*_calibrated_on(artifact, text)]
+    if original is not None:
+        warnings += _other_source(artifact, original.folder)
+    bits, nbytes = stored_bits(artifact)
+    return Evaluation(
+        str(artifact.folder),
+        artifact.manifest.scheme,
+        artifact.manifest.method,
+        bits,
+        nbytes,
+        collector.figures(),
+        warnings=tuple(warnings),
+    )
+
+
+def stored_bits(artifact: Artifact) -> tuple[float, int]:
+    """Bits a weight of all that is stored, and its bytes."""
+    data = json.loads((artifact.folder / "tensor-cache.json").read_text(encoding="utf-8"))
+    nbytes = sum(record.nbytes for record in artifact.records.values())
+    return float(data["metadata"]["BitsPerParam"]), nbytes
+
+
+def _calibrated_on(artifact: Artifact, text: Text) -> Iterator[str]:
+    found: Any = artifact.manifest.calibration
+    if isinstance(found, dict) and found.get("sha256") == text.sha256:
+        yield (
+            f"its method was calibrated on this very text ({found.get('name')}): the figures are "
+            "better than on other texts; evaluate on another one"
+        )
+
+
+def _other_source(artifact: Artifact, folder: Path) -> Iterator[str]:
+    source = artifact.manifest.source
+    if source.get("stamp") == stamp(folder) or source.get("sha256") == checksum(folder):
+        return
+    why = (
+        "the figures include what the adapter changed"
+        if source.get("lora")
+        else (
+            "if a LoRA adapter was merged or the weights were imported, the figures include that; "
+            "else they compare different models"
+        )
+    )
+    yield f"it was compiled from {source.get('name')}, not from {folder}: {why}"
+
+
+def store(folder: Path, report: Report, index: int = 0) -> None:
+    """Write an artifact's part of a report into its qcc.json, under `quality`."""
+    from qcc.runtime.manifest import read_manifest, write_manifest
+
+    found = read_manifest(folder)
+    content = {key: value for key, value in found.items() if key not in ("format", "qcc", "tvm")}
+    write_manifest(folder, {**content, "quality": report.quality(index)})
