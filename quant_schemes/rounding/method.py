@@ -16,13 +16,16 @@ from qcc.quant_schemes.packing import Array, Quantized
 class Inputs:
     """What is known of a layer's inputs x[k] on calibration text: means over `count` tokens.
 
-    `square` f32[k] is the mean of x^2, `absolute` f32[k] of |x|, `hessian` f32[k, k] of x x^T.
+    `square` f32[k] is the mean of x^2, `absolute` f32[k] of |x|, `hessian` f32[k, k] of x x^T. The
+    inputs are those that the layers before, already quantized, make; `cross` f32[k, k], where it is
+    asked for, is the mean of x y^T with y[k] the inputs of the original model in x's places.
     """
 
     count: int
     square: Array
     absolute: Array
     hessian: Array
+    cross: Array | None = None
 
 
 @dataclass(frozen=True)
