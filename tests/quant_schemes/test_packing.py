@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -13,8 +12,9 @@ import pytest
 
 from qcc.compiler.weights import kernels
 from qcc.quant_schemes import packing
+from qcc.quant_schemes.format import WeightFormat
 from qcc.quant_schemes.rounding import rtn
-from qcc.quant_schemes.scheme import WeightFormat, list_schemes, load_scheme
+from qcc.quant_schemes.scheme import list_schemes, load_scheme
 
 # CONTRACTS section 1: name -> (group, bits, scale and model dtype, layout of a linear weight).
 CONTRACT = {
@@ -86,8 +86,7 @@ def test_parts_equal_the_contract_to_the_bit(scheme: str, k: int) -> None:
     fmt, w = linear_format(scheme), weights(k, CONTRACT[scheme][2])
     words, scales = naive(w, *CONTRACT[scheme])
 
-    codes, row_scales = rtn.quantize(w, fmt)
-    parts = packing.store(codes, row_scales, fmt)
+    parts = packing.store(rtn.quantize(w, fmt), fmt)
     for part, wanted in zip(fmt.stored(*w.shape), (words, scales), strict=True):
         assert parts[part.suffix].shape == part.shape
         assert parts[part.suffix].dtype.name == part.dtype
@@ -95,11 +94,11 @@ def test_parts_equal_the_contract_to_the_bit(scheme: str, k: int) -> None:
 
     for source in NUMPY.values():  # the compiled twin, from every dtype of a checkpoint
         given = w.astype(source)
-        codes, row_scales = rtn.quantize(given, fmt)
+        expected = rtn.quantize(given, fmt)
         got_words, got_scales = kernels.quantize(given, fmt)
         rows = replace(fmt, layout="NK")
-        np.testing.assert_array_equal(got_words, packing.pack(codes, rows))
-        np.testing.assert_array_equal(got_scales, row_scales)
+        np.testing.assert_array_equal(got_words, packing.pack(expected.codes, rows))
+        np.testing.assert_array_equal(got_scales, expected.grid.scale)
 
 
 @pytest.mark.parametrize("scheme", CONTRACT)
@@ -124,12 +123,14 @@ def test_padding_is_zero() -> None:
 def test_error_is_half_a_step(scheme: str) -> None:
     fmt = linear_format(scheme)
     w = np.random.default_rng(2).standard_normal((16, 352)).astype(np.float32)
-    codes, scales = rtn.quantize(w, fmt)
-    back = packing.dequantize(packing.store(codes, scales, fmt), fmt, *w.shape)
-    step = np.repeat(scales.astype(np.float32), fmt.group or 1, axis=1)[:, : w.shape[1]]
+    weight = rtn.quantize(w, fmt)
+    back = packing.dequantize(packing.store(weight, fmt), fmt, *w.shape)
+    step = np.repeat(weight.grid.scale.astype(np.float32), fmt.group_size(352), axis=1)[
+        :, : w.shape[1]
+    ]
     # The steps of the formula round too: the cast of w, the scale, w / s and the sum with M.
     eps = float(ml_dtypes.finfo(NUMPY[fmt.dtype]).eps)
-    slack = step * (2 * fmt.max_code) * eps * 2
+    slack = step * (fmt.top_code) * eps * 2
     assert (np.abs(w - back) <= step / 2 + slack).all()
 
 
@@ -137,44 +138,16 @@ def test_error_is_half_a_step(scheme: str) -> None:
 def test_dequantize_is_the_formula(scheme: str) -> None:
     fmt = linear_format(scheme)
     w = weights(172, fmt.dtype)
-    codes, scales = rtn.quantize(w, fmt)
-    parts = packing.store(codes, scales, fmt)
+    weight = rtn.quantize(w, fmt)
+    parts = packing.store(weight, fmt)
     for dtype in ("float32", fmt.dtype):
         t = NUMPY[dtype]
         got = packing.dequantize(parts, fmt, *w.shape, dtype)
         assert got.dtype == t
         for row, col in ((0, 0), (0, 171), (3, 50), (4, 100), (5, 3), (1, 9)):
-            difference = t(int(codes[row, col]) - fmt.max_code)
-            assert got[row, col] == difference * t(scales[row, col // (fmt.group or 1)])
-
-
-def _two(element: Any) -> Any:
-    return lambda i, j: element(i, j)  # te.compute counts the arguments
-
-
-@pytest.mark.parametrize("scheme", CONTRACT)
-def test_tir_equals_numpy(scheme: str) -> None:
-    tvm = pytest.importorskip("tvm")
-    from tvm import te
-
-    fmt, (n, k) = linear_format(scheme), (7, 172)
-    codes, scales = rtn.quantize(weights(k, fmt.dtype), fmt)
-    parts = packing.store(codes, scales, fmt)
-    dtypes = ["float32"] if fmt.dtype == "bfloat16" else ["float32", fmt.dtype]
-    for dtype in dtypes:
-        inputs = [
-            te.placeholder([tvm.tirx.IntImm("int64", d) for d in part.shape], part.dtype)
-            for part in fmt.stored(n, k)
-        ]
-
-        element = partial(packing.dequantize_expr, fmt, *inputs, dtype=dtype)
-        shape = [tvm.tirx.IntImm("int64", extent) for extent in (n, k)]
-        out = te.compute(shape, _two(element))
-        func = tvm.compile(te.create_prim_func([*inputs, out]), target="llvm")
-        given = [tvm.runtime.tensor(parts[part.suffix]) for part in fmt.stored(n, k)]
-        result = tvm.runtime.empty((n, k), dtype)
-        func(*given, result)
-        np.testing.assert_array_equal(result.numpy(), packing.dequantize(parts, fmt, n, k, dtype))
+            difference = t(int(weight.codes[row, col]) - (2 ** (fmt.bits - 1) - 1))
+            scale = weight.grid.scale[row, col // fmt.group_size(172)]
+            assert got[row, col] == difference * t(scale)
 
 
 def test_every_f16_scale_of_the_kernel_is_numpys() -> None:
@@ -184,10 +157,11 @@ def test_every_f16_scale_of_the_kernel_is_numpys() -> None:
     w[:, 5], w[:, 9] = magnitudes, -magnitudes / np.float16(3)
     for scheme in ("q4f16_1", "q8f16_1"):
         fmt = linear_format(scheme)
-        codes, scales = rtn.quantize(w, fmt)
+        expected = rtn.quantize(w, fmt)
         got_words, got_scales = kernels.quantize(w, fmt)
+        scales = expected.grid.scale
         np.testing.assert_array_equal(got_scales.view(np.uint16), scales.view(np.uint16))
-        np.testing.assert_array_equal(got_words, packing.pack(codes, fmt))
+        np.testing.assert_array_equal(got_words, packing.pack(expected.codes, fmt))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -202,10 +176,11 @@ def test_no_number_of_the_kernel_is_rounded_twice(dtype: str) -> None:
     w = numbers[: len(numbers) // 64 * 64].reshape(-1, 64)
     scheme = "q4f16_1" if dtype == "float16" else "q4bf16_1"
     fmt = linear_format(scheme)
-    codes, scales = rtn.quantize(w, fmt)
+    expected = rtn.quantize(w, fmt)
     got_words, got_scales = kernels.quantize(w, fmt)
+    scales = expected.grid.scale
     np.testing.assert_array_equal(got_scales.view(np.uint16), scales.view(np.uint16))
-    np.testing.assert_array_equal(got_words, packing.pack(codes, fmt))
+    np.testing.assert_array_equal(got_words, packing.pack(expected.codes, fmt))
     np.testing.assert_array_equal(
         kernels.cast(w.reshape(-1), dtype).view(np.uint16),
         w.reshape(-1).astype(NUMPY[dtype]).view(np.uint16),
@@ -230,6 +205,25 @@ def test_casts_equal_numpys(source: str, dtype: str) -> None:
     nan = np.isnan(wanted.astype(np.float32))
     np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), nan)
     np.testing.assert_array_equal(got[~nan].astype(np.float32), wanted[~nan].astype(np.float32))
+
+
+@pytest.mark.parametrize("group", [8, 24, 136, 1000])
+def test_the_compiled_twin_takes_any_group(group: int) -> None:
+    w = weights(172, "float16")
+    for bits in (4, 8):
+        fmt = WeightFormat(bits, "float16", group)
+        expected = rtn.quantize(w, fmt)
+        words, scales = kernels.quantize(w, fmt)
+        np.testing.assert_array_equal(words, packing.pack(expected.codes, fmt))
+        np.testing.assert_array_equal(scales, expected.grid.scale)
+
+
+def test_the_compiled_twin_says_what_it_takes() -> None:
+    taken, other = linear_format("q4f16_1"), linear_format("q3f16_1")
+    assert kernels.takes(taken) and kernels.takes(other)
+    for change in ({"group": "row"}, {"bits": 5}, {"grid": "asymmetric"}, {"zero": 8}):
+        assert not kernels.takes(replace(taken, **change)), change
+    assert not kernels.takes(replace(other, group=32))
 
 
 def test_every_scheme_has_a_test() -> None:

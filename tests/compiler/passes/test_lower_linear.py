@@ -15,7 +15,7 @@ from tvm.script import relax as R
 
 from qcc.compiler.passes.quantize_weights import QuantizeWeights
 from qcc.compiler.weights.spec import WeightSpec
-from qcc.quant_schemes.scheme import WeightFormat
+from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import AVX2
 from qcc.targets.cpu.passes.lower_linear import LowerLinear
 
@@ -133,6 +133,28 @@ def test_quantized_weights() -> None:
     assert calls(module, "prefill") == {"gemm": 1, "repack": 2, "relax.matmul": 2}
     # The tied table is read as repacked, once in memory; the other one as stored.
     assert calls(module, "embed") == {"table_rows": 1, "repack": 2, "dequantize_rows": 1}
+
+
+def test_every_part_of_a_format_is_repacked() -> None:
+    two = WeightFormat(2, "float16", 16, "NK", "asymmetric", scale_bits=4)
+    module = lowered(two, F32)
+    assert calls(module, "decode") == {"gemv": 2, "repack": 2 * 5}
+    assert calls(module, "embed") == {"table_rows": 1, "repack": 5, "dequantize_rows": 1}
+
+
+def test_parts_of_a_fused_weight() -> None:
+    """Each is a kernel of its own."""
+    specs = [
+        WeightSpec("embed.weight", (24, 64), Q4, ()),
+        WeightSpec("q.weight", (48, 64), Q4, (), fused="inner.weight"),
+        WeightSpec("k.weight", (16, 64), WeightFormat(5, "float16", 32), (), fused="inner.weight"),
+        WeightSpec("norm", (64,), F32, ()),
+        WeightSpec("b.weight", (24, 64), Q4, ()),
+    ]
+    module = LowerLinear(AVX2)(QuantizeWeights(specs, "float32")(Model))
+    rx.analysis.well_formed(module)
+    assert calls(module, "decode") == {"gemv": 3, "repack": 6}
+    assert calls(module, "prefill") == {"gemm": 2, "repack": 4, "relax.matmul": 2}
 
 
 def test_floating_weights() -> None:

@@ -143,7 +143,7 @@ def test_stored_tensors(
         if weight.format.is_float:
             np.testing.assert_array_equal(got[0], w.astype(packing.float_dtype(dtype)))
             continue
-        wanted = packing.store(*rtn.quantize(w, weight.format), weight.format)
+        wanted = packing.store(rtn.quantize(w, weight.format), weight.format)
         np.testing.assert_array_equal(got[0], wanted["q_weight"])
         np.testing.assert_array_equal(got[1], wanted["q_scale"])
     total = sum(TENSORS[s.name].nbytes for weight in specs for s in weight.sources)
