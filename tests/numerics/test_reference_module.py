@@ -34,6 +34,10 @@ def folder(checkpoint: Any) -> Path:
 
 @pytest.fixture(scope="module", params=SCHEMES)
 def reference(request: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return made(request.param, folder, tmp_path_factory.mktemp("reference"))
+
+
+def made(scheme: str, folder: Path, where: Path) -> Any:
     """The module in TVM's virtual machine, its stored tensors, and the artifact with these."""
     import tvm
     from tvm import relax as rx
@@ -43,8 +47,8 @@ def reference(request: Any, folder: Path, tmp_path_factory: pytest.TempPathFacto
     from qcc.runtime.artifact import Artifact
     from qcc.targets import find_target
 
-    options = CompileOptions(quant=request.param)
-    out = tmp_path_factory.mktemp("reference") / "artifact"
+    options = CompileOptions(quant=scheme)
+    out = where / "artifact"
     stored = Artifact.open(convert_model(str(folder), out, options))
     plan = make_plan(folder, options, 64)
     specs = weight_specs(plan)
@@ -55,7 +59,7 @@ def reference(request: Any, folder: Path, tmp_path_factory: pytest.TempPathFacto
     names = [part.name for spec in specs for part in spec.stored]
     params = [tvm.runtime.tensor(stored.read(name)) for name in names]
     return SimpleNamespace(
-        vm=vm, params=params, artifact=out, scheme=request.param, module=module, plan=plan
+        vm=vm, params=params, artifact=out, scheme=scheme, module=module, plan=plan, specs=specs
     )
 
 
@@ -125,3 +129,49 @@ def test_only_dequantize_knows_the_format(reference: Any) -> None:
             roles.setdefault(str(func.attrs["qcc.role"]), set()).add(int(fmt["bits"]))
     bits = int(reference.scheme[1])
     assert roles == {"dequantize": {bits}, "dequantize_rows": {bits}}
+
+
+MIXED = """
+dtype: float16
+linear: {bits: 2, group: 16, grid: asymmetric, scale_bits: 4}
+embedding: 6/32
+lm_head: {bits: 8, group: row, grid: asymmetric}
+method: rtn
+rules:
+  "*.q_proj.weight": {bits: 5, group: 40, layout: KN}
+  "*.v_proj.weight": float
+  "*.gate_proj.weight": {bits: 4, group: 32, grid: zero_point}
+  "*.layers.0.mlp.down_proj.weight": {bits: 3, group: 32, scale_bits: 6}
+  "*.layers.1.mlp.down_proj.weight": {bits: 8, group: tensor, zero: 128}
+"""
+
+
+def test_mixed_formats(
+    folder: Path, contract: Any, hugging_face: Any, compiled: Any, logits_of: Any, some_ids: Any,
+    tolerance: float, tmp_path: Path,
+) -> None:  # fmt: skip
+    """The sources of fused weights, each in its own format: transformers, reference, library."""
+    from qcc.quant_schemes.packing import dequantize
+    from qcc.runtime.artifact import Artifact
+
+    scheme = tmp_path / "mixed.yaml"
+    scheme.write_text(MIXED)
+    reference = made(str(scheme), folder, tmp_path)
+    stored, weights = Artifact.open(reference.artifact), {}
+    for spec in reference.specs:
+        parts = [stored.read(part.name) for part in spec.stored]
+        if spec.format.is_float:
+            weights[spec.name] = parts[0].astype("float32")
+            continue
+        suffixes = [part.suffix for part in spec.format.stored(*spec.shape)]
+        named = dict(zip(suffixes, parts, strict=True))
+        weights[spec.name] = dequantize(named, spec.format, *spec.shape)
+    formats = {spec.format for spec in reference.specs if not spec.format.is_float}
+    assert len(formats) == 7 and sum(spec.fused is not None for spec in reference.specs) == 10
+
+    ids = some_ids(40)
+    expected = logits_of(contract.with_weights(hugging_face(folder), weights), ids)
+    np.testing.assert_allclose(logits(reference, ids), expected, rtol=0, atol=tolerance)
+    llm = compiled(folder, str(scheme))
+    np.testing.assert_allclose(llm.logits(ids), expected, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(llm.logits(ids[:1])[0], expected[0], rtol=0, atol=tolerance)
