@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,9 +87,11 @@ def evaluate(
         collectors = _run(llms, original, windows, options, steps)
         step.note = f"{windows.tokens:,} tokens"
     evaluations = [
-        _evaluation(llm, collector, content, original, options)
+        _evaluation(llm, collector, content, original)
         for llm, collector in zip(llms, collectors, strict=True)
     ]
+    if original:
+        evaluations = _compared(evaluations, llms, original.folder, windows, options, steps)
     return Report(
         tuple(evaluations),
         original.name if original else None,
@@ -234,7 +236,6 @@ def _evaluation(
     collector: Collector,
     text: Text,
     original: _Original | None,
-    options: EvalOptions,
 ) -> Evaluation:
     artifact = llm.artifact
     warnings = [*_calibrated_on(artifact, text)]
@@ -250,6 +251,40 @@ def _evaluation(
         collector.figures(),
         warnings=tuple(warnings),
     )
+
+
+def _compared(
+    evaluations: Sequence[Evaluation],
+    llms: Sequence[LLM],
+    source: Path,
+    windows: Windows,
+    options: EvalOptions,
+    steps: Steps,
+) -> list[Evaluation]:
+    """Evaluations with what comparing the weights themselves, and the layers, tells."""
+    from qcc.compiler.cli._damage import linear_bits, measured, part_of, tensor_figures
+    from qcc.compiler.stored_weights import StoredWeights
+
+    stored = [StoredWeights.open(llm.artifact, source, options.allow_pickle) for llm in llms]
+    with steps.step("Compare the weights"):
+        tensors = [tensor_figures(weights, steps) for weights in stored]
+    if options.tensors:
+        from qcc.compiler.cli._swap import SwappableModel
+
+        with steps.step("Measure each weight"):
+            swappable = SwappableModel(source, steps, None, windows.context, options.allow_pickle)
+            tensors = measured(stored, tensors, swappable, windows, steps)
+    found = []
+    for item, llm, weights, each in zip(evaluations, llms, stored, tensors, strict=True):
+        item = replace(item, linear_bits=linear_bits(weights.specs), tensors=tuple(each))
+        if options.layers:
+            from qcc.compiler.cli._layers import PART_TOKENS, layer_figures
+
+            part = part_of(windows, PART_TOKENS)
+            layers, findings = layer_figures(llm, weights, part, each, steps)
+            item = replace(item, layers=tuple(layers), findings=tuple(findings))
+        found.append(item)
+    return found
 
 
 def stored_bits(artifact: Artifact) -> tuple[float, int]:

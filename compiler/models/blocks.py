@@ -168,9 +168,15 @@ class Decoder(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
         """x [b, s, h] embeddings -> [b, s, h]."""
+        return self.outputs(x, kv)[-1]
+
+    def outputs(self, x: nn.Tensor, kv: PagedKVCache) -> list[nn.Tensor]:
+        """x [b, s, h] embeddings -> [b, s, h] after each layer; the last norm after the last."""
+        found = []
         for index, layer in enumerate(self.layers):
             x = layer(x, kv, index)
-        return getattr(self, self.names.norm)(x)
+            found.append(x)
+        return [*found[:-1], getattr(self, self.names.norm)(x)]
 
 
 class CausalLM(nn.Module):  # type: ignore[misc]
@@ -189,6 +195,7 @@ class CausalLM(nn.Module):  # type: ignore[misc]
     ) -> None:
         """Make the whole model."""
         self.config, self.names = config, names
+        self.exports_layers = False  # set it before `export`: `layer_outputs` is for debugging
         decoder = Decoder(
             Embedding(config.vocab_size, config.hidden_size),
             [layer(config) for _ in range(config.num_hidden_layers)],
@@ -255,6 +262,13 @@ class CausalLM(nn.Module):  # type: ignore[misc]
         """[1, n, h] -> logits f32[1, n, vocab] of every position."""
         return self._logits(self.hidden(input_embeds, kv)), kv
 
+    def layer_outputs(
+        self, input_embeds: nn.Tensor, kv: PagedKVCache
+    ) -> tuple[nn.Tensor, PagedKVCache]:
+        """[1, n, h] of one sequence -> f32[layers, n, h] after each layer; to find a wrong one."""
+        stacked = op.concat(self.decoder.outputs(input_embeds, kv), dim=0)
+        return stacked.astype("float32") if stacked.dtype != "float32" else stacked, kv
+
     def spec(self, dtype: str) -> dict[str, Any]:
         """Shapes and dtypes of every exported function, parameters packed."""
         h = self.config.hidden_size
@@ -264,7 +278,7 @@ class CausalLM(nn.Module):  # type: ignore[misc]
         def embeds(*shape: int | str) -> nn.spec.Tensor:
             return nn.spec.Tensor([*shape, h], dtype)
 
-        return {
+        functions = {
             "embed": {"input_ids": nn.spec.Tensor(["n"], "int32"), "$": mode},
             "prefill": {"input_embed": embeds(1, "n"), "kv": cache, "$": mode},
             "decode": {"input_embed": embeds(1, 1), "kv": cache, "$": mode},
@@ -277,6 +291,9 @@ class CausalLM(nn.Module):  # type: ignore[misc]
             "batch_decode": {"input_embeds": embeds("b", 1), "kv": cache, "$": mode},
             "batch_verify": {"input_embeds": embeds(1, "n"), "kv": cache, "$": mode},
         }
+        if self.exports_layers:
+            functions["layer_outputs"] = dict(functions["batch_verify"])
+        return functions
 
 
 def parameters(model: CausalLM) -> list[tuple[str, tuple[int, ...]]]:

@@ -84,6 +84,17 @@ class Library:
         """int32[n] of one sequence -> logits f32[n, V] of every position."""
         return self._run("batch_verify", self.embed(tokens), (1, len(tokens)), cache)
 
+    def layer_outputs(self, tokens: Tokens, cache: KVCache) -> list[Floats]:
+        """int32[n] of one sequence -> the embedding f32[n, h] and f32[n, h] after each layer.
+
+        Only a library that was made for it has this function; after its last layer it means after
+        the last norm.
+        """
+        hidden = self.embed(tokens)
+        shape = self.ffi.Shape((1, *map(int, hidden.shape)))
+        result = self.vm["layer_outputs"](self._reshape(hidden, shape), cache.handle, self.params)
+        return [np.from_dlpack(hidden).astype(np.float32), *np.from_dlpack(result[0]).copy()]
+
     def _run(
         self, name: str, hidden: Any, lead: tuple[int, int], cache: KVCache, *extra: Any
     ) -> Floats:
