@@ -6,9 +6,10 @@ import hashlib
 import re
 from pathlib import Path
 
+from qcc.compiler.imports.gguf_folder import find_gguf, gguf_folder
 from qcc.runtime.errors import QccError
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
 WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "*.txt"]
 _CHUNK = 1 << 22
 
@@ -16,14 +17,21 @@ _CHUNK = 1 << 22
 def locate(model: str, allow_pickle: bool = False) -> Path:
     """A local folder as it is; a hub id through huggingface_hub, if installed and online.
 
+    A .gguf file, or a folder with nothing else, becomes a folder in the cache that links to it.
+
     Raises:
-        QccError: neither a folder nor a model that can be downloaded.
+        QccError: neither a folder nor a model that can be downloaded; a corrupt .gguf file.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return path
+        gguf = find_gguf(path)
+        return path if gguf is None else gguf_folder(gguf)
     if path.is_file():
-        raise QccError(f"{model} is a file; give the checkpoint's folder (with its config.json)")
+        if path.suffix == ".gguf":
+            return gguf_folder(path)
+        raise QccError(
+            f"{model} is a file; give the checkpoint's folder (with its config.json), or a .gguf"
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise QccError(f"{model}: no such folder, and not a hub id of the form organization/name")
     return _download(model, allow_pickle)

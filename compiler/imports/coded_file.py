@@ -37,6 +37,7 @@ class CodedFile(ABC):
     """Tensors by their Hugging Face names; `read` may be called from several threads."""
 
     path: Path
+    label = ""  # of a scheme with the formats of these tensors: gguf-q4_k_m
 
     @property
     @abstractmethod

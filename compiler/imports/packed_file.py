@@ -66,7 +66,7 @@ class PackedFile(CodedFile):
 
     def __init__(self, base: Checkpoint, packing: Packing) -> None:
         """Check the shapes of all layers; reads no data."""
-        self.packing, self._base = packing, base
+        self.packing, self._base, self.label = packing, base, packing.name
         self._layers = [
             name.removesuffix(".qweight") for name in base.names if name.endswith(".qweight")
         ]

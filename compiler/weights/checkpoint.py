@@ -169,6 +169,12 @@ class Checkpoint:
         """float32, float16, bfloat16, or the file's own name of a dtype that `read` refuses."""
         return self._file(name).dtype(name)
 
+    @property
+    def label(self) -> str:
+        """Of a scheme with the checkpoint's own formats; "" where no tool quantized it."""
+        coded = (file.label for file in self._files.values() if isinstance(file, CodedFile))
+        return next((label for label in coded if label), "")
+
     def origin(self, name: str) -> Origin | None:
         """What another tool quantized the tensor to; None: it is stored as numbers."""
         file = self._file(name)

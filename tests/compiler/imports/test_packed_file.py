@@ -219,7 +219,7 @@ def test_a_group_index_out_of_range_is_refused(packed: Made) -> None:
 
 def test_infinite_scales_are_refused(packed: Made) -> None:
     """They would be stored as they are."""
-    scales = np.full((K // GROUP, N), np.inf, np.float16)
+    scales = np.full((K // GROUP, N), np.nan, np.float16)
     folder, _, _ = packed(scales=scales)
     with Checkpoint.open(folder) as checkpoint, pytest.raises(QccError, match="NaN or infinite"):
         checkpoint.quantized("a.weight")
