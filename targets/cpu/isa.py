@@ -11,21 +11,21 @@ import tvm
 class Isa:
     """Vector width and register tile; the kernel family is parametrized by these alone.
 
-    `lanes` f32 numbers in a vector; `table_lookup`: one instruction permutes 16 f32 by 4-bit
-    indices (AVX-512 vpermps), which turns codes of up to 4 bits straight into numbers. A GEMM
-    micro-tile keeps `tile_m` x `tile_n` vectors of accumulators in registers.
+    `lanes` f32 numbers in a vector; `table_bits`: codes of up to so many bits become numbers by one
+    instruction, a lookup in a table in registers (AVX-512 vpermi2ps 5, AVX2 vpermps 3), 0: there is
+    none. A GEMM micro-tile keeps `tile_m` x `tile_n` vectors of accumulators in registers.
     """
 
     lanes: int
-    table_lookup: bool
+    table_bits: int
     tile_m: int
     tile_n: int
 
 
-AVX512 = Isa(lanes=16, table_lookup=True, tile_m=6, tile_n=4)
-AVX2 = Isa(lanes=8, table_lookup=False, tile_m=6, tile_n=2)
-NEON = Isa(lanes=4, table_lookup=False, tile_m=6, tile_n=4)
-SSE = Isa(lanes=4, table_lookup=False, tile_m=6, tile_n=2)
+AVX512 = Isa(lanes=16, table_bits=5, tile_m=6, tile_n=4)
+AVX2 = Isa(lanes=8, table_bits=3, tile_m=6, tile_n=2)
+NEON = Isa(lanes=4, table_bits=0, tile_m=6, tile_n=4)
+SSE = Isa(lanes=4, table_bits=0, tile_m=6, tile_n=2)
 
 
 def isa_of(target: tvm.target.Target) -> Isa:

@@ -12,8 +12,7 @@ from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels.tir import splat
 
-TABLE_LANES = 16  # numbers of a vector with table lookup
-TABLE_BITS = 5  # of an index into two such vectors
+TWO_23_BITS = 0x4B000000  # of 2^23 in f32, whose low bits count ones
 
 
 def float_vector(isa: Isa, fmt: WeightFormat, loaded: Any) -> Any:
@@ -54,28 +53,34 @@ def code_vector(
         shifted = word(first)
         if shift:
             shifted = shifted >> splat(T.uint32(shift), isa.lanes)
-    if isa.table_lookup and bits <= TABLE_BITS:
+    if bits <= isa.table_bits:
         return _lookup(isa, bits, zero, shifted)
     code = shifted
     if shift + bits != 32:
         code = shifted & splat(T.uint32(2**bits - 1), isa.lanes)
+    if zero and isa.lanes == 16:
+        # 2^23 + q: AVX-512 takes one vpternlogd for this and the mask, instead of a conversion.
+        big = T.reinterpret(vector(isa, "float32"), code | splat(T.uint32(TWO_23_BITS), isa.lanes))
+        return big - splat(T.float32(2**23 + zero), isa.lanes)
     number = T.cast(T.reinterpret(vector(isa, "int32"), code), vector(isa, "float32"))
     return number - splat(T.float32(zero), isa.lanes) if zero else number
 
 
 def _lookup(isa: Isa, bits: int, zero: int, shifted: Any) -> Any:
-    """vpermps reads the low 4 bits of an index and vpermi2ps 5: tables of fewer codes repeat."""
+    """Each lane's low bits, as many as the table has entries for; those of fewer bits repeat."""
     vtype, index = vector(isa, "float32"), T.reinterpret(vector(isa, "int32"), shifted)
-    low = _table(range(TABLE_LANES), bits, zero)
+    low = _table(range(isa.lanes), bits, zero)
+    if isa.lanes == 8:
+        return T.call_llvm_pure_intrin(vtype, "llvm.x86.avx2.permps", low, index)
     if bits <= 4:
         return T.call_llvm_pure_intrin(vtype, "llvm.x86.avx512.permvar.sf.512", low, index)
-    high = _table(range(TABLE_LANES, 2 * TABLE_LANES), bits, zero)
+    high = _table(range(isa.lanes, 2 * isa.lanes), bits, zero)
     return T.call_llvm_pure_intrin(vtype, "llvm.x86.avx512.vpermi2var.ps.512", low, index, high)
 
 
 def _table(codes: range, bits: int, zero: int) -> Any:
     entries = [T.float32(code % 2**bits - zero) for code in codes]
-    return T.Shuffle(entries, [T.int32(i) for i in range(TABLE_LANES)])
+    return T.Shuffle(entries, [T.int32(i) for i in range(len(codes))])
 
 
 def code_scalar(word: Callable[[Any], Any], index: Any, bits: int, sparse: bool = False) -> Any:
