@@ -169,6 +169,8 @@ class LayerwiseModel:
         """Transformers' model with all its numbers, in a dtype of torch; this object is spent."""
         for layer in self.layers:
             del layer.forward
+        if self.model._supports_sdpa:
+            self.model.set_attn_implementation("sdpa")
         loaded: dict[str, str] = {}  # source -> parameter: a tied head is the embedding
         for name, source in self.sources.items():
             if source in loaded:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from qcc.compiler.calibrate.layers import LayerwiseModel, Windows
-from qcc.compiler.calibrate.libraries import torch
+from qcc.compiler.calibrate.libraries import suited_threads, torch
 from qcc.compiler.calibrate.matrices import matrix_of, sources_from
 from qcc.compiler.calibrate.parts import Parts
 from qcc.compiler.calibrate.streams import Streams
@@ -64,7 +64,8 @@ def quantize_layers(
         QccError: the model cannot run layer by layer, numbers are NaN or infinite.
     """
     run = _Calibration(folder, specs, method, work, progress, checkpoint, device)
-    made = run.quantize(windows, original)
+    with suited_threads(run.model.width):
+        made = run.quantize(windows, original)
     by_name = {spec.name: spec for spec in specs}
 
     def given(spec: WeightSpec) -> Mapping[str, Array] | None:

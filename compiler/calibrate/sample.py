@@ -1,7 +1,8 @@
 """sample: documents that a model writes itself, many at once, at temperature 1.
 
 The whole model lies in memory here: a token at a time, reading its layers again from the disk
-would take a minute a token. f32 where it fits, else bfloat16.
+would take a minute a token. In bfloat16 where the checkpoint has no wider numbers and the CPU
+multiplies them fast, or where f32 does not fit; else in f32.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Any
 import psutil
 
 from qcc.compiler.calibrate.layers import LayerwiseModel
-from qcc.compiler.calibrate.libraries import torch, transformers
+from qcc.compiler.calibrate.libraries import suited_threads, torch, transformers
 from qcc.compiler.calibrate.text import Tokens
 from qcc.compiler.weights.checkpoint import Checkpoint
 from qcc.runtime.errors import QccError
 
-MAX_BATCH = 128
+MAX_BATCH = 64
 MEMORY_SHARE = 0.6  # of what is free: the rest is for keys, values and logits
 KV_BYTES = 2 << 30
 Progress = Callable[[int, int], None]  # tokens done, tokens asked for
@@ -56,17 +57,17 @@ def sample(
     generator = torch.Generator(layerwise.device).manual_seed(seed)
     documents: list[list[int]] = []
     done = 0
-    while done < tokens:
-        rows = torch.full((count, 1), special.first, device=layerwise.device)
-        before = done
+    with suited_threads(layerwise.width):
+        while done < tokens:
+            rows = torch.full((count, 1), special.first, device=layerwise.device)
 
-        def report(written: int, before: int = before) -> None:
-            if progress:
-                progress(min(before + written, tokens), tokens)
+            def report(written: int, before: int = done) -> None:
+                if progress:
+                    progress(min(before + written, tokens), tokens)
 
-        for document in _write(model, rows, special, context, generator, report):
-            documents.append(document)
-            done += len(document) + 1
+            found = _write(model, rows, special, context, generator, report)
+            documents += found
+            done += sum(len(document) + 1 for document in found)
     return documents
 
 
@@ -103,14 +104,21 @@ def _write(
 
 
 def _dtype(layerwise: LayerwiseModel, folder: Path) -> Any:
-    """f32 or bfloat16, whichever the model fits in."""
-    shape = layerwise.checkpoint.shape
-    numbers = sum(math.prod(shape(source)) for source in set(layerwise.sources.values()))
+    """f32 or bfloat16: what the model fits in, and what its numbers and the CPU are made for."""
+    shape, dtype_of = layerwise.checkpoint.shape, layerwise.checkpoint.dtype
+    sources = set(layerwise.sources.values())
+    numbers = sum(math.prod(shape(source)) for source in sources)
+    free = psutil.virtual_memory().available
+    fast = {}
     if layerwise.device.type == "cuda":
-        free = torch.cuda.mem_get_info(layerwise.device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        free, fast = torch.cuda.mem_get_info(layerwise.device)[0], {"amx_bf16": True}
+    elif hasattr(torch.cpu, "get_capabilities"):
+        fast = torch.cpu.get_capabilities()
+    choices = [(torch.float32, 4), (torch.bfloat16, 2)]
+    wide = any(dtype_of(source) == "float32" for source in sources)
+    if not wide and (fast.get("amx_bf16") or fast.get("avx512_bf16")):
+        choices.reverse()
+    for dtype, size in choices:
         if size * numbers <= MEMORY_SHARE * free:
             return dtype
     raise QccError(
