@@ -19,6 +19,7 @@ import numpy.typing as npt
 from qcc.compiler.reference import Stream, available, reference_logits
 from qcc.compiler.source import checksum, locate, stamp
 from qcc.compiler.steps import Steps
+from qcc.compiler.stored_weights import StoredWeights
 from qcc.runtime.artifact import Artifact, running_versions
 from qcc.runtime.errors import QccError
 from qcc.runtime.eval.figures import Collector
@@ -78,10 +79,14 @@ def evaluate(
         llms = [_load(artifact, context, options) for artifact in opened]
     _check_vocabularies(llms)
     windows = windows_of(content, llms[0].tokenizer, context, options.max_tokens)
-    original = None
+    original, stored = None, []
     if options.against is not None:
         with steps.step("Load the reference") as step:
             original = _original(options, llms, context, steps)
+            stored = [
+                StoredWeights.open(artifact, original.folder, options.allow_pickle)
+                for artifact in opened
+            ]
             step.note = original.name
     with steps.step("Run the windows") as step:
         collectors = _run(llms, original, windows, options, steps)
@@ -91,7 +96,7 @@ def evaluate(
         for llm, collector in zip(llms, collectors, strict=True)
     ]
     if original:
-        evaluations = _compared(evaluations, llms, original.folder, windows, options, steps)
+        evaluations = _compared(evaluations, llms, stored, windows, options, steps)
     return Report(
         tuple(evaluations),
         original.name if original else None,
@@ -256,23 +261,23 @@ def _evaluation(
 def _compared(
     evaluations: Sequence[Evaluation],
     llms: Sequence[LLM],
-    source: Path,
+    stored: Sequence[StoredWeights],
     windows: Windows,
     options: EvalOptions,
     steps: Steps,
 ) -> list[Evaluation]:
     """Evaluations with what comparing the weights themselves, and the layers, tells."""
     from qcc.compiler.cli._damage import linear_bits, measured, part_of, tensor_figures
-    from qcc.compiler.stored_weights import StoredWeights
 
-    stored = [StoredWeights.open(llm.artifact, source, options.allow_pickle) for llm in llms]
     with steps.step("Compare the weights"):
         tensors = [tensor_figures(weights, steps) for weights in stored]
     if options.tensors:
         from qcc.compiler.cli._swap import SwappableModel
 
         with steps.step("Measure each weight"):
-            swappable = SwappableModel(source, steps, None, windows.context, options.allow_pickle)
+            swappable = SwappableModel(
+                stored[0].source, steps, None, windows.context, options.allow_pickle
+            )
             tensors = measured(stored, tensors, swappable, windows, steps)
     found = []
     for item, llm, weights, each in zip(evaluations, llms, stored, tensors, strict=True):

@@ -6,7 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qcc.compiler.driver import CompileOptions
+    from qcc.compiler.steps import Steps
 
 HELP = "compile a checkpoint into a library and quantized weights"
 EXAMPLE = """
@@ -40,6 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="O2",
         choices=["O0", "O1", "O2"],
         help="O0: generic schedules only; O1: our kernels; O2: and fusion",
+    )
+    parser.add_argument(
+        "--eval",
+        metavar="TEXT",
+        default=None,
+        help="measure the artifact on a text, against MODEL, and keep the report in it (qcc show)",
     )
     parser.add_argument("--dump-ir", metavar="DIR", default=None, help="write the IR of every pass")
 
@@ -116,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
     from qcc.compiler.driver import compile_model
     from qcc.compiler.steps import Steps
     from qcc.runtime.errors import QccError
+    from qcc.runtime.eval.protocol import read_text
     from qcc.targets.spec import BuildOptions
 
     targets = tuple(name.strip() for name in args.target.split(",") if name.strip())
@@ -127,9 +137,24 @@ def run(args: argparse.Namespace) -> int:
         build=BuildOptions(args.mcpu, args.triple, int(args.opt[1:])),
         dump_ir=Path(args.dump_ir) if args.dump_ir else None,
     )
-    out = compile_model(args.model, Path(args.output), options, Steps())
+    steps = Steps()
+    if args.eval:
+        read_text(args.eval)  # a compile takes long: what is wrong with the text shall come first
+    out = compile_model(args.model, Path(args.output), options, steps)
+    if args.eval:
+        measure(out, args, steps)
     print(f'{out}: run it with `qcc generate {out} "Once upon a time"`')
     return 0
+
+
+def measure(out: Path, args: argparse.Namespace, steps: Steps) -> None:
+    """Evaluate an artifact against the model it was made of; print and keep the report."""
+    from qcc.compiler.cli._evaluation import EvalOptions, evaluate, store
+
+    options = EvalOptions(against=args.model, allow_pickle=args.allow_pickle)
+    report = evaluate([out], args.eval, options, steps)
+    store(out, report)
+    print("\n".join(report.lines()))
 
 
 def model_options(args: argparse.Namespace, **others: Any) -> CompileOptions:

@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object, on the last line")
     parser.add_argument("--html", metavar="FILE", default=None, help="write a page with plots")
     parser.add_argument(
+        "--store", action="store_true", help="keep the report in the artifact, for qcc show"
+    )
+    parser.add_argument(
         "--save-logits", metavar="F.npz", default=None, help="write both sides of every window"
     )
     parser.add_argument(
@@ -79,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from qcc.compiler.cli._evaluation import EvalOptions, evaluate
+    from qcc.compiler.cli._evaluation import EvalOptions, evaluate, store
     from qcc.compiler.steps import Steps
 
     if args.against is None:
@@ -98,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
     )
     report = evaluate(args.artifacts, args.text, options, Steps())
+    if args.store:
+        for index, folder in enumerate(args.artifacts):
+            store(Path(folder), report, index)
     if args.html:
         from qcc.runtime.eval.page import write_page
 

@@ -107,7 +107,7 @@ def _print(facts: dict[str, Any]) -> None:
     """Facts as aligned lines, the budget of each library as a block."""
     megabytes = "stored_bytes", "kv_bytes"
     for key, value in facts.items():
-        if key == "libraries" or value is None:
+        if key in ("libraries", "quality") or value is None:
             continue
         if key in megabytes:
             text = f"{value / 1e6:,.1f} MB"
@@ -118,6 +118,9 @@ def _print(facts: dict[str, Any]) -> None:
         else:
             text = f"{value:,}" if isinstance(value, int) else str(value)
         print(f"{key.removesuffix('_bytes').replace('_', ' '):<20}{text}")
+    if facts.get("quality"):
+        print("\nquality")
+        print("\n".join(_quality(facts["quality"], facts["artifact"])))
     for name, library in facts.get("libraries", {}).items():
         print(f"\nlibrary {name}  ({library['file']}, {library['bytes'] / 1e6:.1f} MB)")
         if "note" in library:
@@ -132,3 +135,17 @@ def _print(facts: dict[str, Any]) -> None:
         for function, size in library["memory_usage"].items():
             print(f"    {function:<19}{size / 1e6:10,.1f} MB")
         print(f"  total                {budget['total'] / 1e6:10,.1f} MB")
+
+
+def _quality(stored: Any, folder: str) -> list[str]:
+    """The report that `qcc compile --eval` left, as lines."""
+    from qcc.runtime.errors import QccError
+    from qcc.runtime.eval.report import quality_lines
+    from qcc.runtime.manifest import MALFORMED, QCC_JSON, what
+
+    try:
+        return quality_lines(stored)
+    except MALFORMED as err:
+        raise QccError(
+            f"{folder}/{QCC_JSON}: quality: {what(err)}; measure again with qcc eval --store"
+        ) from err
