@@ -54,7 +54,7 @@ def gguf_folder(path: Path) -> Path:
     with os_errors(path, "read"):
         stats = [(str(part), part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
     key = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
-    folder = cache_dir() / "gguf" / f"{path.stem}-{key}"
+    folder = cache_dir() / "gguf" / f"{parts[0].stem}-{key}"
     done = folder / "config.json"
     links = [GGUF, *(f"model-{i:05}.gguf" for i in range(2, len(parts) + 1))]
     if done.is_file() and all((folder / link).exists() for link in links):

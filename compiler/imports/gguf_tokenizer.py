@@ -74,9 +74,9 @@ class _Tokens:
         return self.raw.get(_PREFIX + key)
 
     def list_of(self, key: str, kind: type, count: int | None = None) -> list[Any]:
-        """A list of one kind; of token types, all normal where there is none."""
+        """A list of one kind; where there is none all tokens are normal, and no merges made."""
         found = self.get(key)
-        if found is None and key == "token_type":
+        if found is None and key in ("token_type", "merges"):
             return [NORMAL] * (count or 0)
         if not isinstance(found, list) or not all(type(item) is kind for item in found):
             self.bad(key, f"{shown(found)} is not a list of {kind.__name__}")

@@ -59,19 +59,27 @@ def permuted(name: str, tensor: Any, config: dict[str, Any]) -> Any:
     return tensor
 
 
-def k_blocks(rng: Any, kind: str, n: int, k: int, spread: float = 0.02) -> Any:
+# Where the f16 numbers of a K-quant's block lie, and how large its weights are where they are 1.
+K_NUMBERS = {
+    "Q2_K": ((80, 82), 12),
+    "Q3_K": ((108,), 30),
+    "Q4_K": ((0, 2), 250),
+    "Q5_K": ((0, 2), 500),
+    "Q6_K": ((208,), 1200),
+}
+
+
+def k_blocks(rng: Any, kind: str, shape: tuple[int, int], spread: float = 0.02) -> Any:
     """Random blocks of a K-quant, uint8[n, bytes], whose weights are about `spread` large."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    data = rng.integers(0, 256, (n * (k // block), size), dtype=np.uint8)
-    # Where the f16 numbers of a block lie, and how large its whole numbers are.
-    places = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-    typical = {"Q2_K": 12, "Q3_K": 30, "Q4_K": 250, "Q5_K": 500, "Q6_K": 1200}
-    for place in places[kind]:
-        numbers = rng.uniform(0.5, 1, len(data)) * spread / typical[kind]
-        data[:, place : place + 2] = numbers.astype(np.float16)[:, None].view(np.uint8)
-    return data.reshape(n, -1)
+    data = rng.integers(0, 256, (shape[0] * (shape[1] // block), size), dtype=np.uint8)
+    places, typical = K_NUMBERS[kind]
+    for place in places:
+        numbers = (rng.uniform(0.5, 1, (len(data), 1)) * spread / typical).astype(np.float16)
+        data[:, place : place + 2] = numbers.view(np.uint8)
+    return data.reshape(shape[0], -1)
 
 
 def add_tokenizer(writer: Any, folder: Path, scores: dict[str, float] | None = None) -> None:
@@ -100,8 +108,7 @@ def add_tokenizer(writer: Any, folder: Path, scores: dict[str, float] | None = N
         writer.add_token_scores([(scores or {}).get(text, 0.0) for text in tokens])
     else:
         merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        # The package writes no empty list.
-        if merges:
+        if merges:  # the package writes no empty list
             writer.add_token_merges(merges)
     for key, add in (
         ("bos_token", writer.add_bos_token_id),
@@ -157,6 +164,9 @@ def write_gguf() -> Callable[..., dict[str, Any]]:
             writer.add_head_count_kv(config["num_key_value_heads"])
             writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
             writer.add_rope_freq_base(theta)
+        if config.get("head_dim"):
+            writer.add_key_length(head_dim)
+            writer.add_value_length(head_dim)
         if arch == "llama":
             writer.add_rope_dimension_count(head_dim)
             writer.add_vocab_size(config["vocab_size"])
@@ -172,19 +182,23 @@ def write_gguf() -> Callable[..., dict[str, Any]]:
         for name, tensor in load_file(folder / "model.safetensors").items():
             if name in ("lm_head.weight", "embed_out.weight") and config["tie_word_embeddings"]:
                 continue
-            ordered = permuted(name, tensor, config)
             if tensor.ndim == 1:
+                ordered = permuted(name, tensor, config)
                 writer.add_tensor(gguf_name(name), ordered.astype(np.float32))
                 numbers[name] = tensor
                 continue
             kind = gguf.GGMLQuantizationType[kind_of(name, tensor)]
-            data = gguf.quantize(ordered, kind)
-            if kind.name in ("F32", "F16"):
-                writer.add_tensor(gguf_name(name), data)
+            if kind.name in K_NUMBERS:  # which the package does not quantize to
+                spread = float(tensor.std())
+                data = k_blocks(
+                    np.random.default_rng(len(numbers)), kind.name, tensor.shape, spread
+                )
             else:
-                writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
-            # Permuting rows and quantizing them commute.
-            numbers[name] = gguf.dequantize(gguf.quantize(tensor, kind), kind)
+                data = gguf.quantize(tensor, kind)
+            raw = None if kind.name in ("F32", "F16") else kind
+            # A row is quantized apart from others: permuting rows may come after.
+            writer.add_tensor(gguf_name(name), permuted(name, data, config), raw_dtype=raw)
+            numbers[name] = gguf.dequantize(data, kind)
         for name, data in (extra or {}).items():
             writer.add_tensor(name, data)
         writer.write_header_to_file()
