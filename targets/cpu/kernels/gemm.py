@@ -49,10 +49,10 @@ def gemm(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
             )  # [column of the chunk, row of the panel]
 
             def one_chunk(index: Any, columns: int) -> None:
-                for v in range(isa.tile_n):
+                with serial(isa.tile_n) as v:
                     block = panel * isa.tile_n + v
 
-                    def expand(s: Any, count: int, block: Any = block, v: int = v) -> None:
+                    def expand(s: Any, count: int) -> None:
                         number = index * (chunk // step) + s
                         _expand(isa, fmt, k, parts, expanded, block, v, number, s * step, count)
 
@@ -93,7 +93,7 @@ def _expand(
     parts: list[Any],
     expanded: Any,
     block: Any,
-    v: int,
+    v: Any,
     index: Any,
     row: Any,
     count: int,
@@ -137,38 +137,38 @@ def _micro_tile(
                 acc = sums[i * isa.tile_n + v]
                 T.buffer_store(acc, fma(xk, weights[v], acc[0], vtype), [0])
     for i in range(isa.tile_m):
-        with T.If(first + i < rows):
-            with T.Then():
-                for v in range(isa.tile_n):
-                    target = (panel * isa.tile_n + v) * isa.lanes
-                    _accumulate(
-                        isa, out, first + i, target, n, sums[i * isa.tile_n + v][0], chunk_index
-                    )
+        with T.If(first + i < rows), T.Then():
+            of_row = [acc[0] for acc in sums[i * isa.tile_n : (i + 1) * isa.tile_n]]
+            _accumulate(isa, out, first + i, panel, n, of_row, chunk_index == 0)
 
 
 def _accumulate(
-    isa: Isa, out: Any, row: Any, column: Any, n: int, value: Any, chunk_index: Any
+    isa: Isa, out: Any, row: Any, panel: Any, n: int, values: list[Any], is_first: Any
 ) -> None:
-    """out[row, column:] += value where the columns exist; the first chunk stores."""
-    with T.If(column + isa.lanes <= n):
-        with T.Then():
-            index = [row, lanes_from(column, isa.lanes)]
+    """out[row, columns of the panel] += values where the columns exist; the first chunk stores."""
+    width = isa.lanes * isa.tile_n
+    start = panel * width
+
+    def vectors() -> None:
+        for v, value in enumerate(values):
+            index = [row, lanes_from(start + v * isa.lanes, isa.lanes)]
             before = out[tuple(index)]
-            with T.If(chunk_index == 0):
+            with T.If(is_first):
                 with T.Then():
                     T.buffer_store(out, value, index)
                 with T.Else():
                     T.buffer_store(out, before + value, index)
+
+    if n % width == 0:
+        vectors()
+        return
+    with T.If(start + width <= n):
+        with T.Then():
+            vectors()
         with T.Else():
-            spill = T.alloc_buffer((isa.lanes,), "float32", scope="local", layout=None)
-            T.buffer_store(spill, value, [lanes_from(0, isa.lanes)])
-            with serial(isa.lanes) as lane:
-                with T.If(column + lane < n):
-                    with T.Then():
-                        with T.If(chunk_index == 0):
-                            with T.Then():
-                                T.buffer_store(out, spill[lane], [row, column + lane])
-                            with T.Else():
-                                T.buffer_store(
-                                    out, out[row, column + lane] + spill[lane], [row, column + lane]
-                                )
+            spill = T.alloc_buffer((width,), "float32", scope="local", layout=None)
+            for v, value in enumerate(values):
+                T.buffer_store(spill, value, [lanes_from(v * isa.lanes, isa.lanes)])
+            with serial(tirx.min(i64(n) - start, i64(width))) as column:
+                before = tirx.if_then_else(is_first, T.float32(0), out[row, start + column])
+                T.buffer_store(out, before + spill[column], [row, start + column])
