@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qcc.quant_schemes.errors import SchemeError, did_you_mean
@@ -30,11 +30,16 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Method:
-    """`quantize` chooses codes for f32[n, k]; its inputs are None where `needs_text` is False."""
+    """`quantize` chooses codes for f32[n, k]; its inputs are None where `needs_text` is False.
+
+    `scales`, of a method that has it, chooses factors f32[k] for the columns of all weights that
+    share an input, before they are quantized; what makes that input is divided by them.
+    """
 
     description: str
     quantize: Callable[[Array, WeightFormat, Inputs | None], Quantized]
     needs_text: bool = False
+    scales: Callable[[Sequence[Array], Sequence[WeightFormat], Inputs], Array] | None = None
 
 
 def list_methods() -> list[str]:
