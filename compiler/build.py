@@ -97,12 +97,14 @@ def quantized_module(
     from qcc.compiler.passes.attach_kv_cache import AttachKVCache
     from qcc.compiler.passes.attach_logit_processing import AttachLogitProcessing
     from qcc.compiler.passes.attach_sampling import AttachSampling
+    from qcc.compiler.passes.quantize_activations import QuantizeActivations
     from qcc.compiler.passes.quantize_weights import QuantizeWeights
 
     dtype = spec.compute_dtype or plan.scheme.dtype
     kv = kv_cache_config(plan, dtype)
     passes = pipeline.front_end(
         QuantizeWeights(specs, dtype),
+        QuantizeActivations(plan.scheme.activations),
         AttachKVCache(kv, spec.kv_kernels(kv, target)),
         AttachSampling(plan.config.vocab_size, plan.sizes.max_batch_size),
         AttachLogitProcessing(plan.config.vocab_size),

@@ -1,6 +1,7 @@
 """Attributes by which PrimFuncs say what they are: the compiler sets them, targets decide on them.
 
 `qcc.role`    dequantize (stored parts -> weight), dequantize_rows (stored parts, ids -> rows),
+              quantize_activation (x -> x rounded to int8 codes times their scales),
               repack (stored part -> a kernel's layout), linear, table_rows, or the name of a
               function that clients call
 `qcc.format`  WeightFormat.as_dict() of what a dequantize function reads
@@ -9,6 +10,7 @@
 ROLE = "qcc.role"
 FORMAT = "qcc.format"
 DEQUANTIZE, DEQUANTIZE_ROWS, REPACK = "dequantize", "dequantize_rows", "repack"
+QUANTIZE_ACTIVATION = "quantize_activation"
 LINEAR, TABLE_ROWS = "linear", "table_rows"
 
 # TVM's own: no schedule is wanted any more, and fusion leaves the function alone.

@@ -17,18 +17,20 @@ from qcc.compiler.passes.attach_sampling import AttachSampling
 from qcc.compiler.passes.bound_shapes import BoundShapes
 from qcc.compiler.passes.dump_ir import DumpIR
 from qcc.compiler.passes.hoist_repack import HoistRepack
+from qcc.compiler.passes.quantize_activations import QuantizeActivations
 from qcc.compiler.passes.quantize_weights import QuantizeWeights
 from qcc.quant_schemes.attributes import SCHEDULED
 
 
 def front_end(
     quantize: QuantizeWeights,
+    activations: QuantizeActivations,
     kv_cache: AttachKVCache,
     sampling: AttachSampling,
     logits: AttachLogitProcessing,
 ) -> list[Any]:
     """Float module -> quantized module with all that clients call; runs where its kernels do."""
-    return [quantize, kv_cache, sampling, logits]
+    return [quantize, activations, kv_cache, sampling, logits]
 
 
 def lowering(
