@@ -42,7 +42,8 @@ PART_TOKENS = 1024  # of the text
 # Relative, at the worst position. Another order of summation in f32 makes 1e-6 a layer, and 1e-5 at
 # the end of deep models; a wrong code, scale, mask or rotation makes 1e-2 and more.
 ALLOWED = 1e-3
-LEAP = 4  # times the usual error that a layer adds, or that a weight has
+LEAP = 3  # times the usual error that a layer adds, or that a weight has
+SMALL = 0.05  # relative error that no layer is accused of
 NAMED = 3  # weights in a finding
 
 
@@ -111,16 +112,16 @@ def findings(figures: Sequence[LayerFigures], tensors: Sequence[TensorFigures]) 
             f"kernels are right: transformers on our own weights agrees to {worst:.1e} everywhere"
         )
     stream = figures[:-1]  # without the logits
-    steps = [b.mean - a.mean for a, b in itertools.pairwise(stream)]
-    if steps:
-        largest = max(range(len(steps)), key=steps.__getitem__)
-        others = [step for at, step in enumerate(steps) if at != largest]
-        usual = max(statistics.median(others), 0.0) if others else 0.0
-        item = stream[largest + 1]
-        if steps[largest] > max(LEAP * usual, 0.02):
+    # Errors of layers are independent, so that their squares add up.
+    added = [b.mean**2 - a.mean**2 for a, b in itertools.pairwise(stream)]
+    if len(added) > 1:
+        largest = max(range(len(added)), key=added.__getitem__)
+        usual = statistics.median(max(x, 0.0) for i, x in enumerate(added) if i != largest)
+        if added[largest] > max(LEAP**2 * usual, SMALL**2):
+            before, item = stream[largest], stream[largest + 1]
             found.append(
-                f"WEIGHTS: the error leaps at {item.name}, from {stream[largest].mean:.1e} to "
-                f"{item.mean:.1e}; a layer usually adds {usual:.1e}"
+                f"WEIGHTS: the error leaps at {item.name}, from {before.mean:.1e} to "
+                f"{item.mean:.1e}; look at its weights"
             )
     if tensors:
         usual = statistics.median(item.error for item in tensors)

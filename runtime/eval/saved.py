@@ -57,7 +57,7 @@ class SavedLogits:
             os_errors(self.path, "write"),
             self._zip.open(f"{name}.npy", "w", force_zip64=True) as file,
         ):
-            np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+            np.lib.format.write_array(file, np.asarray(array, order="C"), allow_pickle=False)
 
     def __exit__(
         self,

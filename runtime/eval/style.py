@@ -49,7 +49,7 @@ th button:hover,th button:focus-visible{color:var(--ink);text-decoration:underli
 th[aria-sort=ascending] button::after{content:" \\2191"}
 th[aria-sort=descending] button::after{content:" \\2193"}
 .share{display:block;height:4px;margin:2px 0 0 auto;border-radius:2px;background:var(--s0);
- min-width:1px}
+ min-width:1px} td:has(.share){min-width:110px}
 code{font:13px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 .warning{background:var(--warn-paper);color:var(--warn)!important;border-radius:8px;
  padding:8px 12px;margin:12px 0}
