@@ -43,7 +43,8 @@ def made(scheme: str, folder: Path, where: Path) -> Any:
     from tvm import relax as rx
 
     from qcc.compiler.build import quantized_module, weight_specs
-    from qcc.compiler.driver import CompileOptions, convert_model, make_plan
+    from qcc.compiler.driver import convert_model, make_plan
+    from qcc.compiler.options import CompileOptions
     from qcc.runtime.artifact import Artifact
     from qcc.targets import find_target
 
@@ -146,17 +147,11 @@ rules:
 """
 
 
-def test_mixed_formats(
-    folder: Path, contract: Any, hugging_face: Any, compiled: Any, logits_of: Any, some_ids: Any,
-    tolerance: float, tmp_path: Path,
-) -> None:  # fmt: skip
-    """The sources of fused weights, each in its own format: transformers, reference, library."""
+def stored_weights(reference: Any) -> dict[str, Any]:
+    """Every weight of the artifact in f32, by packing.dequantize, which has tests of its own."""
     from qcc.quant_schemes.packing import dequantize
     from qcc.runtime.artifact import Artifact
 
-    scheme = tmp_path / "mixed.yaml"
-    scheme.write_text(MIXED)
-    reference = made(str(scheme), folder, tmp_path)
     stored, weights = Artifact.open(reference.artifact), {}
     for spec in reference.specs:
         parts = [stored.read(part.name) for part in spec.stored]
@@ -166,12 +161,61 @@ def test_mixed_formats(
         suffixes = [part.suffix for part in spec.format.stored(*spec.shape)]
         named = dict(zip(suffixes, parts, strict=True))
         weights[spec.name] = dequantize(named, spec.format, *spec.shape)
+    return weights
+
+
+def test_mixed_formats(
+    folder: Path, contract: Any, hugging_face: Any, compiled: Any, logits_of: Any, some_ids: Any,
+    tolerance: float, tmp_path: Path,
+) -> None:  # fmt: skip
+    """The sources of fused weights, each in its own format: transformers, reference, library."""
+    scheme = tmp_path / "mixed.yaml"
+    scheme.write_text(MIXED)
+    reference = made(str(scheme), folder, tmp_path)
     formats = {spec.format for spec in reference.specs if not spec.format.is_float}
     assert len(formats) == 7 and sum(spec.fused is not None for spec in reference.specs) == 10
 
     ids = some_ids(40)
-    expected = logits_of(contract.with_weights(hugging_face(folder), weights), ids)
+    expected = logits_of(
+        contract.with_weights(hugging_face(folder), stored_weights(reference)), ids
+    )
     np.testing.assert_allclose(logits(reference, ids), expected, rtol=0, atol=tolerance)
     llm = compiled(folder, str(scheme))
     np.testing.assert_allclose(llm.logits(ids), expected, rtol=0, atol=tolerance)
     np.testing.assert_allclose(llm.logits(ids[:1])[0], expected[0], rtol=0, atol=tolerance)
+
+
+def test_dynamic_activations(
+    folder: Path, contract: Any, hugging_face: Any, compiled: Any, logits_of: Any, some_ids: Any,
+    tolerance: float, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Transformers with every linear layer's input rounded in numpy, reference, library.
+
+    A number on the edge between two codes may fall to either side; the tokens after it see that.
+    """
+    import torch
+
+    scheme = tmp_path / "dynamic.yaml"
+    scheme.write_text("{dtype: float16, linear: 4/32, lm_head: 6/32, activations: dynamic}")
+    reference = made(str(scheme), folder, tmp_path)
+    model = contract.with_weights(hugging_face(folder), stored_weights(reference))
+    ids = some_ids(40)
+    floating = logits_of(model, ids)
+
+    def rounded(_layer: Any, inputs: tuple[Any, ...]) -> Any:
+        x = inputs[0].numpy()
+        groups = np.pad(x, ((0, 0), (0, 0), (0, -x.shape[-1] % 32)))
+        groups = groups.reshape(*x.shape[:2], -1, 32)
+        scale = np.abs(groups).max(axis=-1, keepdims=True) / np.float32(127)
+        codes = np.rint(groups / np.where(scale == 0, 1, scale)).clip(-127, 127)
+        return torch.from_numpy((codes * scale).reshape(*x.shape[:2], -1)[..., : x.shape[-1]])
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_pre_hook(rounded)
+    expected = logits_of(model, ids)
+    llm = compiled(folder, str(scheme))
+    for found in (logits(reference, ids), llm.logits(ids)):
+        error = np.abs(found - expected).max(axis=1)
+        assert np.mean(error <= tolerance) > 0.5 and error.max() < 0.5
+    assert np.abs(floating - expected).max(axis=1).min() > 10 * tolerance
