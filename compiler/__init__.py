@@ -1,12 +1,16 @@
 """qcc.compiler: from a checkpoint to a library, in the order in which data passes.
 
 cli/        one file a verb
+options.py  CompileOptions, what a compile takes besides the model
 driver.py   the steps, in order, on one page
 source.py   MODEL on the command line -> a local checkpoint folder
 config.py   config.json -> ModelConfig
 models/     one file an architecture, over shared blocks: ModelConfig -> Relax IRModule
 passes/     one file a pass; pipeline.py is the list
 build.py    IRModule + target -> library
+imports/    codes of other tools: GGUF, GPTQ, AutoAWQ; LoRA adapters
+calibrate/  runs a model layer by layer, for methods that need text
+codes.py    which codes are given, and which method makes the others
 weights/    read, map, quantize, write shards
 chat_config.py  mlc-chat-config.json and the tokenizer files; conv_template.py inside it
 """
@@ -14,7 +18,8 @@ chat_config.py  mlc-chat-config.json and the tokenizer files; conv_template.py i
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcc.compiler.driver import CompileOptions, compile_model, convert_model
+    from qcc.compiler.driver import compile_model, convert_model
+    from qcc.compiler.options import CompileOptions
 
 __all__ = ["CompileOptions", "compile_model", "convert_model"]
 
@@ -22,7 +27,7 @@ __all__ = ["CompileOptions", "compile_model", "convert_model"]
 def __getattr__(name: str) -> Any:
     """Import the driver, and with it TVM, only when it is asked for: `qcc --help` stays fast."""
     if name in __all__:
-        from qcc.compiler import driver
+        from qcc.compiler import driver, options
 
-        return getattr(driver, name)
+        return getattr(options if name == "CompileOptions" else driver, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,15 +8,20 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qcc.compiler.build import Plan, build_library, weight_specs
 from qcc.compiler.chat_config import fitting_vocabulary, write_chat_config
+from qcc.compiler.codes import choose_codes
 from qcc.compiler.config import read_json
+from qcc.compiler.imports.lora import with_lora
+from qcc.compiler.imports.parts import import_notes
+from qcc.compiler.imports.scheme import source_scheme
 from qcc.compiler.models import find_architecture
+from qcc.compiler.models.architecture import Architecture
+from qcc.compiler.options import CompileOptions
 from qcc.compiler.output_folder import locked, publish, staging
 from qcc.compiler.sizes import SizeFlags, Sizes, choose_sizes, context_note
 from qcc.compiler.source import checksum, locate, stamp
@@ -30,43 +35,9 @@ from qcc.runtime import artifact
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir
 from qcc.targets import find_target
-from qcc.targets.spec import BuildOptions
 
 DEFAULT_QUANT = "q4f16_1"
-# Rounds what a calibration leaves alone: the embedding.
-WITHOUT_TEXT = "mse"
 DEFAULT_CHUNK = 512  # tokens of a prefill chunk where no target says otherwise
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """`--calib`: the text by which a method knows a layer's inputs.
-
-    `text` is a file, or "self": sampled from the model. `tokens` bounds it; None: the default.
-    """
-
-    text: str = "self"
-    tokens: int | None = None
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class CompileOptions:
-    """What `qcc compile` takes besides the model and the output folder."""
-
-    quant: str | None = None  # None: as an imported model's codes are, else q4f16_1
-    targets: tuple[str, ...] = ("cpu",)
-    sizes: SizeFlags = field(default_factory=SizeFlags)
-    build: BuildOptions = field(default_factory=BuildOptions)
-    allow_pickle: bool = False
-    force: bool = False
-    dump_ir: Path | None = None
-    rules: tuple[tuple[str, str], ...] = ()  # (wildcard, FORMAT), the first that matches
-    embedding: str | None = None  # FORMAT
-    lm_head: str | None = None  # FORMAT
-    method: str | None = None  # None: the scheme's
-    calibration: Calibration = field(default_factory=Calibration)
-    lora: Path | None = None
 
 
 def compile_model(
@@ -90,23 +61,24 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
     resolved = [target.resolve(options.build) for target in targets]
     with steps.step("Read the checkpoint") as step:
         source = locate(model, options.allow_pickle)
+        checkpoint = open_checkpoint(source, options)
         chunks = [target.default_prefill_chunk for target in targets]
-        plan = make_plan(source, options, min(chunks, default=DEFAULT_CHUNK))
+        plan = make_plan(source, options, min(chunks, default=DEFAULT_CHUNK), checkpoint)
         plan = _with_sizes_of(out, plan, options)
-        checkpoint = Checkpoint.open(source, allow_pickle=options.allow_pickle)
         specs = weight_specs(plan)
         ignored = ignored_tensors(plan)
         check_weights(checkpoint, specs, ignored)
         tokens = fitting_vocabulary(source, plan.config).size
         plan = dataclasses.replace(plan, active_vocab_size=tokens)
-        method_name = options.method or plan.scheme.method
-        method = find_method(method_name)
+        method = options.method or plan.scheme.method
+        find_method(method)
         step.note = f"{plan.config.model_type}, {_parameters(specs):,} parameters"
-    if note := context_note(options.sizes, plan.sizes):
-        steps.line(f"  {note}")
+    for note in (context_note(options.sizes, plan.sizes), *import_notes(checkpoint, specs)):
+        if note:
+            steps.line(f"  {note}")
     with checkpoint, ThreadPoolExecutor(1) as pool, staging(out) as work:
-        source_sum = pool.submit(checksum, source)
-        before = _check_folder(out, plan, specs, method_name, source_sum.result, options.force)
+        source_sum = pool.submit(checksum, source, options.lora)
+        before = _check_folder(out, plan, specs, method, source_sum.result, options.force)
         built = {}
         for target, (machine, name) in zip(targets, resolved, strict=True):
             with steps.step(f"Build the {target.name} library") as step:
@@ -114,27 +86,54 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
                 build_library(plan, specs, target, options.build, path, options.dump_ir)
                 built[name] = path, target.requires(machine)
                 step.note = f"{name}, {path.stat().st_size / 1e6:.1f} MB"
+        manifest: dict[str, Any] = {
+            "source": {
+                "name": source.resolve().name,
+                "sha256": source_sum.result(),
+                "stamp": stamp(source, options.lora),
+            },
+            "scheme": plan.scheme.name,
+            "method": method,
+            "tensors": _formats(specs),
+            "sizes": plan.sizes.as_dict(),
+            "activations": plan.scheme.activations,
+        }
         if before is None:
+            positions = plan.config.max_position_embeddings
+            codes = choose_codes(
+                method,
+                checkpoint,
+                specs,
+                options.calibration,
+                source_sum.result(),
+                positions,
+                steps,
+            )
+            if codes.text:
+                manifest["calibration"] = dict(codes.text)
             with steps.step("Convert the weights") as step:
                 progress = partial(steps.progress, "Convert the weights")
-                convert_weights(checkpoint, specs, out, progress, ignored, method)
+                convert_weights(
+                    checkpoint, specs, out, progress, ignored, codes.method, codes.given
+                )
                 step.note = _weights_note(specs)
+        else:
+            codes = None
+            manifest |= {key: before[key] for key in ("quality", "calibration") if key in before}
         with steps.step("Write the configuration") as step:
-            sizes = plan.sizes.as_dict()
-            chat = write_chat_config(source, out, plan.config, plan.scheme.name, sizes)
+            chat = write_chat_config(
+                source, out, plan.config, plan.scheme.name, plan.sizes.as_dict()
+            )
             step.note = str(chat.get("conv_template_note") or "")
-            manifest = {
-                "source": {
-                    "name": source.resolve().name,
-                    "sha256": source_sum.result(),
-                    "stamp": stamp(source),
-                },
-                "scheme": plan.scheme.name,
-                "method": method_name,
-                "tensors": _formats(specs),
-                "sizes": sizes,
-            }
             publish(out, before, built, manifest)
+        if codes:
+            codes.forget()
+
+
+def open_checkpoint(source: Path, options: CompileOptions) -> Checkpoint:
+    """The checkpoint in a folder, with the adapter that the options name merged into it."""
+    checkpoint = Checkpoint.open(source, allow_pickle=options.allow_pickle)
+    return checkpoint if options.lora is None else with_lora(checkpoint, options.lora)
 
 
 def convert_model(
@@ -167,8 +166,13 @@ def _is_current(out: Path, source: Path) -> bool:
     return origin.get("stamp") == stamp(source) or origin.get("sha256") == checksum(source)
 
 
-def make_plan(source: Path, options: CompileOptions, default_chunk: int) -> Plan:
-    """Read the config, the scheme and the sizes."""
+def make_plan(
+    source: Path,
+    options: CompileOptions,
+    default_chunk: int,
+    checkpoint: Checkpoint | None = None,
+) -> Plan:
+    """Read the config, the scheme and the sizes; a checkpoint may have a scheme of its own."""
     where = source / "config.json"
     raw = read_json(where)
     if not isinstance(raw, dict):
@@ -178,14 +182,19 @@ def make_plan(source: Path, options: CompileOptions, default_chunk: int) -> Plan
     return Plan(
         architecture,
         config,
-        choose_scheme(options),
+        choose_scheme(options, architecture, checkpoint),
         choose_sizes(config, options.sizes, default_chunk),
     )
 
 
-def choose_scheme(options: CompileOptions) -> Scheme:
-    """The scheme that the options name, under their rules and entries."""
-    scheme = load_scheme(options.quant or DEFAULT_QUANT)
+def choose_scheme(
+    options: CompileOptions, architecture: Architecture, checkpoint: Checkpoint | None
+) -> Scheme:
+    """The scheme that the options name, else an imported checkpoint's own, under their rules."""
+    if options.quant is None and checkpoint is not None and checkpoint.label:
+        scheme = source_scheme(checkpoint, architecture)
+    else:
+        scheme = load_scheme(options.quant or DEFAULT_QUANT)
     return scheme.changed(options.rules, options.embedding, options.lm_head)
 
 

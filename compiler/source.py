@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from qcc.compiler.imports.gguf_folder import find_gguf, gguf_folder
+from qcc.compiler.imports.lora import CONFIG, WEIGHTS
 from qcc.runtime.errors import QccError
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
@@ -56,18 +57,18 @@ def _download(model: str, allow_pickle: bool) -> Path:
         ) from err
 
 
-def source_files(folder: Path) -> list[Path]:
-    """config.json and every weight file of a checkpoint."""
+def source_files(folder: Path, lora: Path | None = None) -> list[Path]:
+    """config.json and every weight file of a checkpoint, and of an adapter to it."""
     found = [folder / "config.json"]
     for pattern in WEIGHT_FILES:
         found += sorted(folder.glob(pattern))
-    return found
+    return found if lora is None else [*found, lora / CONFIG, lora / WEIGHTS]
 
 
-def stamp(folder: Path) -> list[list[str | int]]:
+def stamp(folder: Path, lora: Path | None = None) -> list[list[str | int]]:
     """[name, bytes, time of change in ns] of every source file: the same, the same checksum."""
     found: list[list[str | int]] = []
-    for path in source_files(folder):
+    for path in source_files(folder, lora):
         try:
             stat = path.stat()
         except OSError as err:
@@ -76,10 +77,10 @@ def stamp(folder: Path) -> list[list[str | int]]:
     return found
 
 
-def checksum(folder: Path) -> str:
-    """sha256 over config.json and every weight file, names and contents."""
+def checksum(folder: Path, lora: Path | None = None) -> str:
+    """sha256 over config.json and every weight file, an adapter's too, names and contents."""
     digest = hashlib.sha256()
-    for path in source_files(folder):
+    for path in source_files(folder, lora):
         digest.update(path.name.encode())
         try:
             with path.open("rb") as stream:

@@ -32,7 +32,7 @@ class Steps:
     def step(self, name: str) -> Iterator[Step]:
         """Time a step and print its line when it is done."""
         step = Step(name)
-        self._transient(f"{name} ...")
+        self.transient(f"{name} ...")
         yield step
         seconds = time.perf_counter() - step.started
         self.times[name] = seconds
@@ -42,7 +42,7 @@ class Steps:
         """Show how far a long step is; `done` and `total` in bytes."""
         if total:
             size = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
-            self._transient(f"{name} {done / total:4.0%}  {size}")
+            self.transient(f"{name} {done / total:4.0%}  {size}")
 
     def count(self, name: str, done: int, total: int, unit: str) -> None:
         """Show how far a long step is, and the time that it will still take at this speed."""
@@ -51,9 +51,10 @@ class Steps:
             del self._begun[name]
         spent = time.perf_counter() - begun
         left = f", {duration(spent / done * (total - done))} left" if done else ""
-        self._transient(f"{name} {done / max(total, 1):4.0%}  {done:,} of {total:,} {unit}{left}")
+        self.transient(f"{name} {done / max(total, 1):4.0%}  {done:,} of {total:,} {unit}{left}")
 
-    def _transient(self, text: str) -> None:
+    def transient(self, text: str) -> None:
+        """Show a text until the next one, on a terminal only."""
         if self.stream is not None and self.stream.isatty():
             self.stream.write(f"\r\x1b[K  {text}")
             self.stream.flush()

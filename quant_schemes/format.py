@@ -129,7 +129,7 @@ class WeightFormat:
         """The largest code that a method may choose; the smallest is 0."""
         if self.grid == "symmetric" and self.zero is None:
             return 2 * self.zero_code
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def scale_zero(self) -> int:
@@ -201,7 +201,7 @@ class WeightFormat:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> WeightFormat:
         """The inverse of `as_dict`; values may be TVM's boxed ints and strings."""
-        group = fields["group"] if "group" in fields else None
+        group: Any = fields["group"] if "group" in fields else None
         if group is not None:
             group = str(group) if str(group) in ("row", "tensor") else int(group)
         return cls(

@@ -50,6 +50,23 @@ class Grid:
     block_scale: Array | None = None
     block_bias: Array | None = None
 
+    @classmethod
+    def concatenate(cls, grids: Sequence[Grid]) -> Grid:
+        """Grids of one format (no tensor-wide scale), one below the other."""
+        stacked: dict[str, Any] = {}
+        for item in fields(cls):
+            each = [getattr(grid, item.name) for grid in grids]
+            stacked[item.name] = None if each[0] is None else np.concatenate(each)
+        return cls(**stacked)
+
+    def rows(self, better: Array, other: Grid) -> Grid:
+        """This grid's rows where `better` bool[n], the other's elsewhere."""
+        picked: dict[str, Any] = {}
+        for item in fields(self):
+            mine, its = getattr(self, item.name), getattr(other, item.name)
+            picked[item.name] = None if mine is None else np.where(better[:, None], mine, its)
+        return Grid(**picked)
+
     def numbers(self, fmt: WeightFormat) -> tuple[Array, Array]:
         """(scale, bias) f32[n, groups] of w' = q * scale + bias.
 
@@ -84,11 +101,8 @@ class Quantized:
     @classmethod
     def concatenate(cls, parts: Sequence[Quantized]) -> Quantized:
         """Weights of one format (no tensor-wide scale), one below the other."""
-        stacked = {}
-        for item in fields(Grid):
-            each = [getattr(part.grid, item.name) for part in parts]
-            stacked[item.name] = None if each[0] is None else np.concatenate(each)
-        return cls(np.concatenate([part.codes for part in parts]), Grid(**stacked))
+        codes = np.concatenate([part.codes for part in parts])
+        return cls(codes, Grid.concatenate([part.grid for part in parts]))
 
 
 def pack_stream(codes: Array, bits: int) -> npt.NDArray[np.uint32]:
@@ -226,7 +240,8 @@ def dequantize_codes(weight: Quantized, fmt: WeightFormat, dtype: str = "float32
         assert blocks is not None
         small = (codes.astype(np.float32) - np.float32(base)).astype(out)
         per_group = np.repeat(blocks.astype(out), BLOCK // group, axis=1)
-        return small * per_group[:, : codes.shape[1]]
+        numbers: Array = small * per_group[:, : codes.shape[1]]
+        return numbers
 
     two = fmt.two_level
     scale = of_blocks(grid.scale, fmt.scale_zero, grid.block_scale) if two else grid.scale

@@ -124,14 +124,12 @@ class Scheme:
         shown_rules = [f"{key}={value}" for key, value in rules]
         shown_rules += [f"embedding={embedding}"] if embedding else []
         shown_rules += [f"lm_head={lm_head}"] if lm_head else []
-        head = {} if lm_head is None else {"lm_head": self._format(lm_head, "--lm-head")}
-        table = {} if embedding is None else {"embedding": self._format(embedding, "--embedding")}
         return replace(
             self,
             name=f"{self.name}+{','.join(shown_rules)}",
             rules=(*parsed, *self.rules),
-            **table,
-            **head,
+            embedding=self._format(embedding, "--embedding") if embedding else self.embedding,
+            lm_head=self._format(lm_head, "--lm-head") if lm_head else self.lm_head,
         )
 
     def _format(self, text: str, where: str) -> WeightFormat:

@@ -150,7 +150,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """compiled(checkpoint folder, scheme, opt=2, **SizeFlags): its LLM; one compile for each."""
-    from qcc.compiler.driver import CompileOptions, compile_model
+    from qcc.compiler.driver import compile_model
+    from qcc.compiler.options import CompileOptions
     from qcc.compiler.sizes import SizeFlags
     from qcc.runtime import LLM
     from qcc.targets.spec import BuildOptions

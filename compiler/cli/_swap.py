@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qcc.compiler.build import weight_specs
-from qcc.compiler.driver import CompileOptions, compile_model
+from qcc.compiler.driver import compile_model
+from qcc.compiler.options import CompileOptions
 from qcc.compiler.reference import SHARE, float_bytes
 from qcc.compiler.source import locate, stamp
 from qcc.compiler.steps import Steps

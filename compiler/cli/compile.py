@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from qcc.compiler.driver import CompileOptions
+    from qcc.compiler.options import CompileOptions
     from qcc.compiler.steps import Steps
 
 HELP = "compile a checkpoint into a library and quantized weights"
 EXAMPLE = """
 qcc compile ./Llama-3.2-1B --quant q4f16_1 --target cpu -o ./llama-q4
 qcc compile ./Llama-3.2-1B --quant q3f16_k --method gptq -o ./llama-q3
-qcc compile ./Llama-3.2-1B --quant q4f16_a32 --set '*.v_proj.*=6/32a' --lm-head 8/32 -o ./llama-mixed
+qcc compile ./Llama-3.2-1B --quant q4f16_a32 --set '*.v_proj.*=6/32a' --lm-head 8/32 -o ./mixed
 """
 # The same text as quant_schemes.format_text.FORMAT_HELP, which the help cannot import in time.
 FORMAT_HELP = (
@@ -161,7 +161,7 @@ def model_options(args: argparse.Namespace, **others: Any) -> CompileOptions:
     """CompileOptions of parsed arguments."""
     from pathlib import Path
 
-    from qcc.compiler.driver import Calibration, CompileOptions
+    from qcc.compiler.options import Calibration, CompileOptions
     from qcc.compiler.sizes import SizeFlags
 
     sizes = SizeFlags(

@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """Compile, load, tell."""
     from pathlib import Path
 
-    from qcc.compiler.driver import CompileOptions, compile_model
+    from qcc.compiler.driver import compile_model
+    from qcc.compiler.options import CompileOptions
     from qcc.compiler.steps import Steps
     from qcc.runtime.files import cache_dir
     from qcc.tutorials.tiny import MODEL_DIR

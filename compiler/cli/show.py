@@ -78,7 +78,8 @@ def _checkpoint(model: str, quant: str) -> dict[str, Any]:
     import math
 
     from qcc.compiler.build import weight_specs
-    from qcc.compiler.driver import DEFAULT_CHUNK, CompileOptions, make_plan
+    from qcc.compiler.driver import DEFAULT_CHUNK, make_plan
+    from qcc.compiler.options import CompileOptions
     from qcc.compiler.source import locate
     from qcc.runtime.artifact import tensor_bytes
 

@@ -237,9 +237,7 @@ def _blocks(
         yield from (_whole_blocks if whole else _source_blocks)(checkpoint, spec)
 
 
-def _given_block(
-    checkpoint: Checkpoint, spec: WeightSpec, parts: Mapping[str, Array]
-) -> _Block:
+def _given_block(checkpoint: Checkpoint, spec: WeightSpec, parts: Mapping[str, Array]) -> _Block:
     """All rows of a weight that is already converted."""
     n, _ = _matrix(spec)
     if spec.format.is_float:

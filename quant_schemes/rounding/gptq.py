@@ -14,7 +14,6 @@ to y. Without C, T is W. In order:
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -61,7 +60,7 @@ def quantize(weights: Array, fmt: WeightFormat, inputs: Inputs | None = None) ->
         return state.result()
 
 
-def _torch() -> ModuleType:
+def _torch() -> Any:
     try:
         import torch
     except ImportError as err:
@@ -73,7 +72,7 @@ class _State:
     """A weight under way: its target, its codes and its grid, as torch tensors [n, ...]."""
 
     def __init__(
-        self, torch: ModuleType, target: Tensor, found: Grid, fmt: WeightFormat, hessian: Tensor
+        self, torch: Any, target: Tensor, found: Grid, fmt: WeightFormat, hessian: Tensor
     ) -> None:
         self.torch, self.target, self.fmt, self.found = torch, target, fmt, found
         self.hessian = hessian
@@ -91,7 +90,8 @@ class _State:
                 return wide[:, : self.scale.shape[1]]
 
             self.unit = of_groups(found.block_scale)
-            self.bias_unit = of_groups(found.block_bias) if self.affine else None
+            if self.affine:
+                self.bias_unit = of_groups(found.block_bias)
 
     def _tensor(self, array: Array) -> Tensor:
         return self.torch.from_numpy(np.array(array, np.float32)).to(self.target.device)
@@ -196,7 +196,7 @@ class _State:
         torch, fmt = self.torch, self.fmt
         if fmt.scale_bits is None:
             return numbers.to(getattr(torch, fmt.dtype)).float()
-        unit = (self.bias_unit if of_bias else self.unit)[:, group]
+        unit = self.bias_unit[:, group] if of_bias else self.unit[:, group]
         return self._code(numbers, unit) * unit
 
     def _code(self, numbers: Tensor, unit: Tensor) -> Tensor:
@@ -230,4 +230,6 @@ class _State:
         return Quantized(codes, Grid(scale, bias, None, found.block_scale, found.block_bias))
 
 
-METHOD = Method("GPTQ in activation order, then coordinate descent", quantize, needs_text=True)
+METHOD = Method(
+    "GPTQ in activation order, then coordinate descent", quantize, needs_text=True, original=True
+)

@@ -34,7 +34,9 @@ def quantize(weights: Array, fmt: WeightFormat, _inputs: Inputs | None = None) -
         found = grid.nearest(weights, _refit(w - outliers, found, fmt), fmt)
         size = _norm(weights, found, fmt)
         better = size < least
-        best, least = _rows(better, found, best), np.where(better, size, least)
+        codes = np.where(better[:, None], found.codes, best.codes)
+        best = Quantized(codes, found.grid.rows(better, best.grid))
+        least = np.where(better, size, least)
         beta *= GROWTH
     return best
 
@@ -68,19 +70,6 @@ def _norm(weights: Array, found: Quantized, fmt: WeightFormat) -> Array:
     """sum |w - w'|^p of each row, f32[n]."""
     found_sum: Array = (np.abs(weights - dequantize_codes(found, fmt)) ** np.float32(NORM)).sum(1)
     return found_sum
-
-
-def _rows(better: Array, new: Quantized, old: Quantized) -> Quantized:
-    """The rows of `new` where `better`, of `old` elsewhere."""
-
-    def pick(a: Array | None, b: Array | None) -> Array | None:
-        return None if a is None or b is None else np.where(better[:, None], a, b)
-
-    codes = np.where(better[:, None], new.codes, old.codes)
-    scale = np.where(better[:, None], new.grid.scale, old.grid.scale)
-    a, b = new.grid, old.grid
-    others = (pick(a.bias, b.bias), None, pick(a.block_scale, b.block_scale))
-    return Quantized(codes, Grid(scale, *others, pick(a.block_bias, b.block_bias)))
 
 
 METHOD = Method("half-quadratic quantization: heeds outliers less than mse", quantize)

@@ -34,12 +34,14 @@ class Method:
 
     `scales`, of a method that has it, chooses factors f32[k] for the columns of all weights that
     share an input, before they are quantized; what makes that input is divided by them.
+    `original`: it wants `Inputs.cross`.
     """
 
     description: str
     quantize: Callable[[Array, WeightFormat, Inputs | None], Quantized]
     needs_text: bool = False
     scales: Callable[[Sequence[Array], Sequence[WeightFormat], Inputs], Array] | None = None
+    original: bool = False
 
 
 def list_methods() -> list[str]:

@@ -51,7 +51,7 @@ def search_grid(weights: Array, fmt: WeightFormat, importance: Array | None) -> 
         scale, bias = _fit(w, h, fmt)
         found = grid.stored(scale, bias, fmt)
         made.append(_neighbours(w, h, found, fmt) if fmt.two_level else found)
-    return Quantized.concatenate([Quantized(np.empty((0, 0), np.uint8), g) for g in made]).grid
+    return Grid.concatenate(made)
 
 
 def _fit(w: Array, h: Array, fmt: WeightFormat) -> tuple[Array, Array | None]:
@@ -135,7 +135,8 @@ def _error(w: Array, h: Array, q: Array, s: Array, b: Array | None) -> Array:
     e -= w
     e *= e
     e *= h
-    return e.sum(axis=2)
+    total: Array = e.sum(axis=2)
+    return total
 
 
 def _keep(best: Array, error: Array, *pairs: Any) -> None:

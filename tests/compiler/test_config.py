@@ -10,8 +10,9 @@ import pytest
 
 from qcc.compiler.build import weight_specs
 from qcc.compiler.config import read_json, shown
-from qcc.compiler.driver import CompileOptions, make_plan
+from qcc.compiler.driver import make_plan
 from qcc.compiler.models import architectures, find_architecture
+from qcc.compiler.options import CompileOptions
 from qcc.runtime.errors import QccError
 from qcc.tutorials.random_checkpoint import SHAPES
 

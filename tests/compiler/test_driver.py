@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from qcc.compiler.driver import CompileOptions, compile_cached, compile_model, convert_model
+from qcc.compiler.driver import compile_cached, compile_model, convert_model
+from qcc.compiler.options import CompileOptions
 from qcc.compiler.sizes import SizeFlags
 from qcc.runtime.errors import QccError
 

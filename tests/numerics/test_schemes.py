@@ -103,7 +103,8 @@ def test_stored_words_and_scales_to_the_bit(
     contract: Any, hugging_face: Any, hard_checkpoint: Path, request: Any, tmp_path: Path,
     name: str, scheme: str,
 ) -> None:  # fmt: skip
-    from qcc.compiler.driver import CompileOptions, convert_model
+    from qcc.compiler.driver import convert_model
+    from qcc.compiler.options import CompileOptions
 
     if name == "hard":
         folder = hard_checkpoint

@@ -1,6 +1,7 @@
 """--dump-ir: one file a pass from the quantization on, every kernel once."""
 
-from qcc.compiler.driver import CompileOptions, compile_model
+from qcc.compiler.driver import compile_model
+from qcc.compiler.options import CompileOptions
 
 
 def test_every_pass_and_every_kernel_is_written(checkpoint, tmp_path):

@@ -1,0 +1,133 @@
+"""choose_codes: which codes are given before the conversion, and which method makes the others.
+
+Codes are given by a calibration, whose finished weights lie in the cache until the artifact is
+whole, so that an interrupted run goes on; or by the tool that the checkpoint comes from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qcc.compiler.imports.parts import imported_parts
+from qcc.compiler.options import Calibration
+from qcc.compiler.steps import Steps, duration
+from qcc.compiler.weights.checkpoint import Checkpoint
+from qcc.compiler.weights.convert import Given
+from qcc.compiler.weights.spec import WeightSpec
+from qcc.quant_schemes.packing import Array
+from qcc.quant_schemes.rounding.method import Method, find_method
+from qcc.runtime.files import cache_dir
+
+# Rounds what a calibration leaves alone: the embedding.
+WITHOUT_TEXT = "mse"
+CONTEXT = 2048  # tokens of a window of calibration text at most
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What convert_weights takes; `text` is the calibration text as qcc.json names it."""
+
+    method: Method
+    given: Given
+    text: Mapping[str, Any] | None = None
+    work: Path | None = None
+
+    def forget(self) -> None:
+        """Remove the finished weights: the artifact has them now."""
+        if self.work is not None:
+            shutil.rmtree(self.work, ignore_errors=True)
+
+
+def choose_codes(
+    name: str,
+    checkpoint: Checkpoint,
+    specs: Sequence[WeightSpec],
+    calibration: Calibration,
+    source: str,
+    max_positions: int,
+    steps: Steps,
+) -> Codes:
+    """Run the calibration that a method needs, if any.
+
+    Args:
+        name: of the method.
+        checkpoint: open.
+        specs: the weights.
+        calibration: the text.
+        source: checksum of the checkpoint.
+        max_positions: tokens that the model was made for.
+        steps: is told what is under way.
+
+    Raises:
+        QccError, SchemeError: unusable text, a model that cannot run, a package that is missing.
+    """
+    method = find_method(name)
+
+    def imported(spec: WeightSpec) -> Mapping[str, Array] | None:
+        return imported_parts(checkpoint, spec)
+
+    if not method.needs_text or all(spec.format.is_float for spec in specs):
+        return Codes(method, imported)
+    from qcc.compiler.calibrate.text import text_of_file, text_of_model
+
+    context = min(max_positions, CONTEXT)
+    with steps.step("Read the calibration text") as step:
+        if calibration.text == "self":
+
+            def sampled(done: int, total: int) -> None:
+                steps.count("Sample text", min(done, total), total, "tokens")
+
+            text = text_of_model(
+                checkpoint.folder,
+                source,
+                context,
+                calibration.tokens,
+                calibration.seed,
+                checkpoint=checkpoint,
+                progress=sampled,
+            )
+        else:
+            text = text_of_file(checkpoint.folder, calibration.text, context, calibration.tokens)
+        step.note = f"{text.name}, {text.tokens:,} tokens"
+    if text.warning:
+        steps.line(f"  warning: {text.warning}")
+    from qcc.compiler.calibrate.run import quantize_layers
+
+    work = cache_dir() / "quantizing" / _key(name, specs, source, text.sha256)
+
+    def quantized(stage: int, stages: int, weight: str, seconds: float) -> None:
+        left = f"{duration(seconds)} left"
+        steps.transient(f"Quantize by {name}: layer {stage} of {stages}, {weight}, {left}")
+
+    with steps.step(f"Quantize by {name}") as step:
+        calibrated = quantize_layers(
+            checkpoint.folder,
+            specs,
+            method,
+            text.windows,
+            work,
+            quantized,
+            checkpoint=checkpoint,
+            original=method.original,
+        )
+    return Codes(
+        find_method(WITHOUT_TEXT),
+        lambda spec: calibrated(spec) or imported(spec),
+        {"name": text.name, "sha256": text.sha256, "tokens": text.tokens},
+        work,
+    )
+
+
+def _key(method: str, specs: Sequence[WeightSpec], source: str, text: str) -> str:
+    """The name of the folder of finished weights: all that decides their numbers."""
+    formats = [(spec.name, spec.format.as_dict()) for spec in specs]
+    version = importlib.metadata.version("qcc")
+    told = json.dumps([version, source, method, text, formats], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:32]
