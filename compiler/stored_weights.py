@@ -157,7 +157,9 @@ def plan_of(artifact: Artifact, source: Path) -> Plan:
     embedding = found.pop(architecture.embedding, float_format(dtype))
     lm_head = found.pop(architecture.lm_head, embedding)
     manifest = artifact.manifest
-    scheme = Scheme(manifest.scheme, dtype, tuple(found.items()), embedding, lm_head)
+    rules = tuple(found.items())
+    activations = manifest.activations
+    scheme = Scheme(manifest.scheme, dtype, rules, embedding, lm_head, activations)
     try:
         sizes = Sizes(**manifest.sizes)
     except TypeError as err:

@@ -14,7 +14,7 @@ from qcc.runtime.files import checksum, read_json, write_file
 
 FORMAT = 1
 QCC_JSON = "qcc.json"
-OPTIONAL = ("quality", "calibration")
+OPTIONAL = ("quality", "calibration", "activations")
 RECOMPILE = "compile the model again with qcc compile"
 # What wrong JSON raises while it is taken apart.
 MALFORMED = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
@@ -45,6 +45,7 @@ class Manifest:
     libraries: Mapping[str, LibraryFile]
     quality: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None  # name and sha256 of the text
+    activations: str = "none"  # as the scheme says: none, dynamic, static
 
 
 def running_versions() -> dict[str, str]:
@@ -133,8 +134,9 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
     for name in ("source", "tensors", "sizes"):
         if not isinstance(getattr(manifest, name), dict):
             raise ValueError(f"{name} is no object")
-    if not isinstance(manifest.scheme, str) or not isinstance(manifest.method, str):
-        raise ValueError("scheme or method is no string")
+    for name in ("scheme", "method", "activations"):
+        if not isinstance(getattr(manifest, name), str):
+            raise ValueError(f"{name} is no string")
     for name, size in manifest.sizes.items():
         if type(size) is not int:
             raise ValueError(f"sizes[{name}] is {size!r}, no whole number")

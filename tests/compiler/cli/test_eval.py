@@ -242,6 +242,9 @@ def test_findings_tell_a_leap_from_steady_growth() -> None:
     for kernel in (2e-3, float("nan")):
         said = findings(rows([0.1] * 6, kernel), [])[0]
         assert said.startswith("WRONG KERNEL: layer 0 is the first")
+    # Rounded activations depart on their own.
+    said = findings(rows([0.1] * 6, 2e-3), [], "dynamic")[0]
+    assert said.startswith("activations are rounded to int8 (dynamic)")
 
 
 def test_layers_name_the_kernel_that_is_wrong(
