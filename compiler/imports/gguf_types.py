@@ -12,6 +12,9 @@ A row is blocks of 32 or 256 weights one after another. Bytes of a block, number
     Q4_K 256: d f16, dmin f16, 12 scales and mins, 128 nibbles      w = d s q - dmin m
     Q5_K 256: d f16, dmin f16, 12 scales and mins, 32 fifth bits, 128 nibbles   likewise
     Q6_K 256: 128 nibbles, 64 upper bits, 16 int8 scales, d f16     w = d s (q - 32)
+    TQ1_0 256: 48 bytes of 5, 4 of 4 base-3 digits, d f16           w = d (q - 1)
+    TQ2_0 256: 64 codes, d f16                                      w = d (q - 1)
+A byte b of TQ1_0 is ceil(256/243 * number), so that its digits are the upper parts of b*3, b*9, ...
 Both dmin's sign and int8 offsets go into the grid's own numbers, so a WeightFormat says the same.
 """
 
@@ -32,14 +35,14 @@ _Decoded = tuple[Array, Grid]  # of m blocks: codes uint8[m, weights], a grid of
 class BlockType:
     """A ggml type that a format represents: `decode` takes uint8[m, bytes of a block]."""
 
+    weights: int  # in a block
     format: WeightFormat
     decode: Callable[[Array], _Decoded]
 
 
 def quantized(kind: BlockType, data: Array, n: int, k: int) -> Quantized:
     """The codes and grid of a weight [n, k] whose rows are blocks: data uint8[n, bytes]."""
-    blocks = k // (256 if kind.format.two_level else 32)
-    codes, grid = kind.decode(data.reshape(n * blocks, -1))
+    codes, grid = kind.decode(data.reshape(n * (k // kind.weights), -1))
 
     def by_row(numbers: Array | None) -> Array | None:
         return None if numbers is None else np.ascontiguousarray(numbers).reshape(n, -1)
@@ -131,25 +134,49 @@ def _q6_k(data: Array) -> _Decoded:
     return codes, Grid(scales, block_scale=_halves(data, 208))
 
 
-def _plain(bits: int, zero: int | None) -> WeightFormat:
-    grid = "asymmetric" if zero is None else "symmetric"
-    return WeightFormat(bits, "float16", 32, grid=grid, zero=zero)
+def _digits(data: Array, count: int) -> Array:
+    """The first `count` base-3 digits of each byte, all first ones before the second."""
+    powers = 3 ** np.arange(count)[:, None]
+    fractions = (data[:, None].astype(np.uint16) * powers & 255).astype(np.uint16)
+    return (fractions * 3 >> 8).astype(np.uint8).reshape(len(data), -1)
 
 
-def _two_level(bits: int, group: int, scale_bits: int, zero: int | None) -> WeightFormat:
+def _tq1_0(data: Array) -> _Decoded:
+    runs = ((data[:, :32], 5), (data[:, 32:48], 5), (data[:, 48:52], 4))
+    codes = np.concatenate([_digits(run, count) for run, count in runs], axis=1)
+    return codes, Grid(_halves(data, 52))
+
+
+def _tq2_0(data: Array) -> _Decoded:
+    return _planes(data[:, :64], 2, 32), Grid(_halves(data, 64))
+
+
+def _block(
+    decode: Callable[[Array], _Decoded],
+    bits: int,
+    *,
+    block: int = 32,
+    group: int = 32,
+    scale_bits: int | None = None,
+    zero: int | None = None,
+) -> BlockType:
+    """A type whose format is symmetric about the code `zero`, else asymmetric."""
     grid = "asymmetric" if zero is None else "symmetric"
-    return WeightFormat(bits, "float16", group, grid=grid, zero=zero, scale_bits=scale_bits)
+    fmt = WeightFormat(bits, "float16", group, grid=grid, zero=zero, scale_bits=scale_bits)
+    return BlockType(block, fmt, decode)
 
 
 BLOCK_TYPES = {
-    "Q4_0": BlockType(_plain(4, 8), _q4_0),
-    "Q4_1": BlockType(_plain(4, None), _q4_1),
-    "Q5_0": BlockType(_plain(5, 16), _q5_0),
-    "Q5_1": BlockType(_plain(5, None), _q5_1),
-    "Q8_0": BlockType(_plain(8, 128), _q8_0),
-    "Q2_K": BlockType(_two_level(2, 16, 4, None), _q2_k),
-    "Q3_K": BlockType(_two_level(3, 16, 6, 4), _q3_k),
-    "Q4_K": BlockType(_two_level(4, 32, 6, None), _q4_k),
-    "Q5_K": BlockType(_two_level(5, 32, 6, None), _q5_k),
-    "Q6_K": BlockType(_two_level(6, 16, 8, 32), _q6_k),
+    "Q4_0": _block(_q4_0, 4, zero=8),
+    "Q4_1": _block(_q4_1, 4),
+    "Q5_0": _block(_q5_0, 5, zero=16),
+    "Q5_1": _block(_q5_1, 5),
+    "Q8_0": _block(_q8_0, 8, zero=128),
+    "Q2_K": _block(_q2_k, 2, block=256, group=16, scale_bits=4),
+    "Q3_K": _block(_q3_k, 3, block=256, group=16, scale_bits=6, zero=4),
+    "Q4_K": _block(_q4_k, 4, block=256, group=32, scale_bits=6),
+    "Q5_K": _block(_q5_k, 5, block=256, group=32, scale_bits=6),
+    "Q6_K": _block(_q6_k, 6, block=256, group=16, scale_bits=8, zero=32),
+    "TQ1_0": _block(_tq1_0, 2, block=256, group=256, zero=1),
+    "TQ2_0": _block(_tq2_0, 2, block=256, group=256, zero=1),
 }

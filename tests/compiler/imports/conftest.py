@@ -59,13 +59,14 @@ def permuted(name: str, tensor: Any, config: dict[str, Any]) -> Any:
     return tensor
 
 
-# Where the f16 numbers of a K-quant's block lie, and how large its weights are where they are 1.
+# Of a K-quant's block: where d and dmin lie, the mean code, by which random weights have the mean
+# 0, and how large they are where d is 1.
 K_NUMBERS = {
-    "Q2_K": ((80, 82), 12),
-    "Q3_K": ((108,), 30),
-    "Q4_K": ((0, 2), 250),
-    "Q5_K": ((0, 2), 500),
-    "Q6_K": ((208,), 1200),
+    "Q2_K": (80, 82, 1.5, 14),
+    "Q3_K": (108, None, 0, 40),
+    "Q4_K": (0, 2, 7.5, 240),
+    "Q5_K": (0, 2, 15.5, 490),
+    "Q6_K": (208, None, 0, 1400),
 }
 
 
@@ -75,10 +76,11 @@ def k_blocks(rng: Any, kind: str, shape: tuple[int, int], spread: float = 0.02) 
 
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
     data = rng.integers(0, 256, (shape[0] * (shape[1] // block), size), dtype=np.uint8)
-    places, typical = K_NUMBERS[kind]
-    for place in places:
-        numbers = (rng.uniform(0.5, 1, (len(data), 1)) * spread / typical).astype(np.float16)
-        data[:, place : place + 2] = numbers.view(np.uint8)
+    place, second, mean, typical = K_NUMBERS[kind]
+    numbers = rng.uniform(0.5, 1, (len(data), 1)) * spread / typical
+    data[:, place : place + 2] = numbers.astype(np.float16).view(np.uint8)
+    if second is not None:
+        data[:, second : second + 2] = (mean * numbers).astype(np.float16).view(np.uint8)
     return data.reshape(shape[0], -1)
 
 

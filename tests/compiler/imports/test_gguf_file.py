@@ -19,7 +19,7 @@ from qcc.runtime.errors import QccError
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8}
 KINDS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
-KINDS += ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ2_0", "MXFP4"]
+KINDS += ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "MXFP4"]
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {**WIDE, "num_key_value_heads": 2, "head_dim": 64}),
     "llama-untied": ("llama", {**WIDE, "tie_word_embeddings": False, "attention_bias": True}),
