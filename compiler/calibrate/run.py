@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from qcc.compiler.calibrate.folds import find_folds
 from qcc.compiler.calibrate.layers import LayerwiseModel, Windows
 from qcc.compiler.calibrate.libraries import suited_threads, torch
 from qcc.compiler.calibrate.matrices import matrix_of, sources_from
@@ -22,7 +23,7 @@ from qcc.compiler.calibrate.parts import Parts
 from qcc.compiler.calibrate.streams import Streams
 from qcc.compiler.weights.checkpoint import Checkpoint
 from qcc.compiler.weights.spec import WeightSpec
-from qcc.quant_schemes.packing import Array, dequantize, dequantize_codes, store
+from qcc.quant_schemes.packing import Array, dequantize, dequantize_codes, float_dtype, store
 from qcc.quant_schemes.rounding.method import Inputs, Method
 from qcc.runtime.errors import QccError
 
@@ -116,8 +117,10 @@ class _Calibration:
                 def run(x: Any, index: int = index) -> Any:
                     return model.run_layer(index, x)
 
-                streams = Streams(model, run, hidden, beside, before if original else {})
-                made |= self._stage(f"{model.prefix}.{index}", specs, streams)
+                stage = f"{model.prefix}.{index}"
+                originals = before if original else {}
+                streams = Streams(model, run, hidden, beside, originals, stage)
+                made |= self._stage(stage, specs, streams)
                 if self.head or index + 1 < len(self.stages):
                     model.advance(index, hidden)
                     if beside is not None:
@@ -147,8 +150,8 @@ class _Calibration:
         """Quantize group after group; the weights that are stored."""
         if not specs:
             return []
+        done = self._scale(specs, streams)
         modules = {name: spec for spec in specs for name in self._modules_of(spec)}
-        done: list[WeightSpec] = []
         for group in streams.groups(list(modules)):
             together = list({modules[name].name: modules[name] for name in group}.values())
             for spec in together:
@@ -159,6 +162,35 @@ class _Calibration:
                 self._quantize_weight(spec, inputs)
             done += together
         return done
+
+    def _scale(self, specs: Sequence[WeightSpec], streams: Streams) -> list[WeightSpec]:
+        """Let the method scale columns; the floating weights that this changed, stored."""
+        if self.method.scales is None or not streams.prefix:
+            return []
+        model, changed = self.model, set[str]()
+
+        def run() -> Any:
+            return streams.run(streams.probe())
+
+        for fold in find_folds(model, streams.prefix, run):
+            users = [spec for spec in specs if set(self._modules_of(spec)) <= set(fold.modules)]
+            if not users:
+                continue
+            matrices = [matrix_of(spec, self._read) for spec in users]
+            inputs = streams.inputs(fold.modules[0])
+            factors = self.method.scales(matrices, [spec.format for spec in users], inputs)
+            scales = torch.from_numpy(factors).to(model.device)
+            if fold.apply(model, scales, run):
+                changed |= {*fold.producers, *(f"{name}.weight" for name in fold.modules)}
+        stored = []
+        for spec in self.specs.values():
+            names = {model.parameter_of(source.name) for source in spec.sources}
+            if spec.format.is_float and names & changed:
+                numbers = matrix_of(spec, self._read).astype(float_dtype(spec.format.dtype))
+                self.parts.save(spec, {"weight": numbers})
+                self._set(spec, numbers.astype(np.float32))
+                stored.append(spec)
+        return stored
 
     def _quantize_weight(self, spec: WeightSpec, inputs: Inputs) -> None:
         quantized = self.method.quantize(matrix_of(spec, self._read), spec.format, inputs)

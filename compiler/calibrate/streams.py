@@ -28,6 +28,7 @@ class Streams:
         hidden: Hidden,
         beside: Hidden | None,
         originals: Mapping[str, Any],
+        prefix: str = "",
     ) -> None:
         """Take the states as they are.
 
@@ -37,12 +38,14 @@ class Streams:
             hidden: of the quantized model.
             beside: of the original one, or None.
             originals: parameter -> numbers of the original stage.
+            prefix: the layer's name; "" for the head.
         """
         self.model = model
         self.run = run
         self.hidden = hidden
         self.beside = beside
         self.originals = originals
+        self.prefix = prefix
 
     @contextmanager
     def original_weights(self) -> Iterator[None]:

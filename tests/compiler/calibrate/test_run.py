@@ -13,7 +13,8 @@ import torch
 from qcc.compiler.build import weight_specs
 from qcc.compiler.calibrate.matrices import matrix_of, sources_from
 from qcc.compiler.calibrate.run import quantize_layers
-from qcc.compiler.driver import CompileOptions, make_plan
+from qcc.compiler.driver import make_plan
+from qcc.compiler.options import CompileOptions
 from qcc.compiler.weights.spec import SourceTensor, WeightSpec
 from qcc.quant_schemes.format import WeightFormat, float_format
 from qcc.quant_schemes.packing import Array, Quantized, dequantize
