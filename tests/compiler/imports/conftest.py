@@ -152,6 +152,7 @@ def write_gguf() -> Callable[..., dict[str, Any]]:
         writer.add_context_length(config["max_position_embeddings"])
         writer.add_embedding_length(config["hidden_size"])
         writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_vocab_size(config["vocab_size"])
         heads = config["num_attention_heads"]
         writer.add_head_count(heads)
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -171,7 +172,6 @@ def write_gguf() -> Callable[..., dict[str, Any]]:
             writer.add_value_length(head_dim)
         if arch == "llama":
             writer.add_rope_dimension_count(head_dim)
-            writer.add_vocab_size(config["vocab_size"])
         if config.get("sliding_window") and config["model_type"] == "mistral":
             writer.add_sliding_window(config["sliding_window"])
         if file_type is not None:

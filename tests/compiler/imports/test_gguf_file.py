@@ -8,6 +8,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from qcc.compiler.config import ModelConfig
 from qcc.compiler.imports.gguf_header import read_header
@@ -240,3 +242,17 @@ def test_the_label_is_the_file_type(
             assert found.label == label
     with Checkpoint.open(source) as plain:
         assert plain.label == "" and plain.origin(plain.names[0]) is None
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen2"])
+def test_weights_are_those_that_transformers_reads(
+    model: str, checkpoint: Callable[..., Path], write_gguf: Write, tmp_path: Path
+) -> None:
+    """Transformers' own GGUF loader, which knows llama.cpp's names and row order by itself."""
+    arch, fields = MODELS[model]
+    write_gguf(checkpoint(arch, **fields), tmp_path / "m.gguf", every_kind())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    expected = theirs.state_dict()
+    with Checkpoint.open(locate(str(tmp_path))) as found:
+        for name in found.names:
+            assert (found.read(name).astype(np.float32) == expected[name].numpy()).all(), name
