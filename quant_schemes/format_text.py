@@ -114,3 +114,11 @@ def shown(value: Any) -> str:
     except ValueError:  # Python prints no integer of more than 4300 digits
         text = "a huge number"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def text_of(fmt: WeightFormat) -> str:
+    """A format in few letters, as FORMAT: float, 4/32, 3/32a, 2/16k; z: zero points."""
+    if fmt.is_float:
+        return "float"
+    kind = "k" if fmt.two_level else {"asymmetric": "a", "zero_point": "z"}.get(fmt.grid, "")
+    return f"{fmt.bits}/{fmt.group}{kind}"

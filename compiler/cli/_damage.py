@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
+from qcc.compiler.cli._divergence import Divergence
 from qcc.compiler.cli._swap import SwappableModel
 from qcc.compiler.steps import Steps
 from qcc.compiler.stored_weights import StoredWeights
 from qcc.compiler.weights.spec import WeightSpec
-from qcc.quant_schemes.format import WeightFormat
+from qcc.quant_schemes.format_text import text_of
 from qcc.runtime.artifact import tensor_bytes
-from qcc.runtime.eval.figures import Doubles, kl_divergence, log_softmax
 from qcc.runtime.eval.protocol import Windows
 from qcc.runtime.eval.report import TensorFigures
 
 PART_TOKENS = 2048  # of the text, for each weight
-PART_BYTES = 512 << 20  # of the original's log probabilities of these
 
 
 def tensor_figures(stored: StoredWeights, steps: Steps) -> list[TensorFigures]:
@@ -59,22 +56,16 @@ def measured(
         windows: the text, of which a part is run for each weight.
         steps: is told how far it is.
     """
-    part = part_of(windows, PART_TOKENS)
-    theirs = []
-    for ids in part:
-        theirs.append(log_softmax(swappable.logits(ids)[:-1]).astype(np.float32))
-        if sum(p.nbytes for p in theirs) > PART_BYTES:
-            break
-    part = part[: len(theirs)]
+    divergence = Divergence(swappable, windows.ids, PART_TOKENS)
     total, done = sum(map(len, figures)), 0
     found = []
     for weights, each in zip(stored, figures, strict=True):
         kls = []
         for spec in weights.quantized():
             steps.count("Measure each weight", done, total, "weights")
-            swappable.replace(spec.name, weights.dequantized(spec))
-            kls.append(float(np.concatenate(list(_kl(swappable, part, theirs))).mean()))
-            swappable.restore(spec.name)
+            divergence.replace(spec.name, weights.dequantized(spec))
+            kls.append(divergence.divergence())
+            divergence.restore(spec.name)
             done += 1
         whole = sum(kls)
         found.append(
@@ -84,28 +75,3 @@ def measured(
             ]
         )
     return found
-
-
-def part_of(windows: Windows, tokens: int) -> list[tuple[int, ...]]:
-    """The first windows, about so many tokens, one window at least."""
-    found: list[tuple[int, ...]] = []
-    for ids in windows.ids:
-        if found and sum(map(len, found)) + len(ids) > tokens:
-            break
-        found.append(ids)
-    return found
-
-
-def _kl(
-    swappable: SwappableModel,
-    part: Sequence[Sequence[int]],
-    theirs: Sequence[np.ndarray[tuple[int, ...], np.dtype[np.float32]]],
-) -> Iterator[Doubles]:
-    for ids, p in zip(part, theirs, strict=True):
-        yield kl_divergence(p.astype(np.float64), log_softmax(swappable.logits(ids)[:-1]))
-
-
-def text_of(fmt: WeightFormat) -> str:
-    """A format in few letters, as FORMAT of the command line: 4/32, 3/32a, 2/16k."""
-    kind = "k" if fmt.two_level else {"asymmetric": "a", "zero_point": "z"}.get(fmt.grid, "")
-    return f"{fmt.bits}/{fmt.group}{kind}"

@@ -6,5 +6,5 @@ In the order in which data passes:
   saved.py      both sides into an .npz file
   report.py     the figures of one or several artifacts, as text and as JSON
   plots.py      SVG pictures of them     style.py  the look of
-  page.py       one self-contained HTML page
+  html.py       parts of a page          page.py   one self-contained HTML page
 """

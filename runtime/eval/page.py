@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from qcc.runtime.eval.html import cell, document, figure, table
 from qcc.runtime.eval.plots import COLOURS, bars, curves, scatter
 from qcc.runtime.eval.report import Evaluation, LayerFigures, Report, TensorFigures
-from qcc.runtime.eval.style import SCRIPT, STYLE
 from qcc.runtime.files import write_file
 
 FLOOR = 1e-6  # a smaller KL divergence is drawn there: f32 itself makes no more
@@ -44,12 +44,7 @@ def page(report: Report) -> str:
         ),
         *_protocol(report),
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>qcc eval: {escape(', '.join(names))}</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main><script>{SCRIPT}</script></body></html>\n"
-    )
+    return document(f"qcc eval: {', '.join(names)}", parts)
 
 
 def short_names(report: Report) -> list[str]:
@@ -77,19 +72,19 @@ def _figures(report: Report, names: Sequence[str]) -> str:
         cells = [
             f'<td><i class="key s{index % COLOURS}"></i>{escape(name)}</td>',
             f"<td>{escape(item.scheme)}</td><td>{escape(item.method)}</td>",
-            _cell(item.bits_per_weight, f"{item.bits_per_weight:.2f}"),
-            _cell(linear or 0.0, "-" if linear is None else f"{linear:.2f}"),
-            _cell(item.stored_bytes, f"{item.stored_bytes / 1e6:,.1f}"),
-            _cell(figures.perplexity, f"{figures.perplexity:.4f}"),
+            cell(item.bits_per_weight, f"{item.bits_per_weight:.2f}"),
+            cell(linear or 0.0, "-" if linear is None else f"{linear:.2f}"),
+            cell(item.stored_bytes, f"{item.stored_bytes / 1e6:,.1f}"),
+            cell(figures.perplexity, f"{figures.perplexity:.4f}"),
         ]
         if figures.kl is not None and figures.top1 is not None:
             kl = figures.kl
-            cells += [_cell(kl[key], f"{kl[key]:.3g}") for key in ("mean", "se", "median", "p99")]
-            cells.append(_cell(figures.top1, f"{figures.top1:.2%}"))
+            cells += [cell(kl[key], f"{kl[key]:.3g}") for key in ("mean", "se", "median", "p99")]
+            cells.append(cell(figures.top1, f"{figures.top1:.2%}"))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     theirs = report.evaluations[0].figures.reference_perplexity
     note = "" if theirs is None else f"<p>Perplexity of the reference: {theirs:.4f}.</p>"
-    return _table(head, rows, words=3) + note
+    return table(head, rows, words=3) + note
 
 
 def _plots(report: Report, names: Sequence[str]) -> Iterable[str]:
@@ -102,7 +97,7 @@ def _plots(report: Report, names: Sequence[str]) -> Iterable[str]:
     ]
     if points:
         found.append(
-            _figure(
+            figure(
                 "KL divergence and size",
                 scatter(points, "bits a weight, all told", "mean KL divergence (nats)", FLOOR),
                 "Bars are one standard error. Lower and further left is better; less than "
@@ -110,7 +105,7 @@ def _plots(report: Report, names: Sequence[str]) -> Iterable[str]:
             )
         )
         found.append(
-            _figure(
+            figure(
                 "Where the divergence is",
                 _distribution(pairs),
                 "Share of the positions by their own KL divergence; less than 2e-8 is not drawn.",
@@ -119,11 +114,11 @@ def _plots(report: Report, names: Sequence[str]) -> Iterable[str]:
         )
     theirs = report.evaluations[0].figures.reference_perplexity
     rows = [(name, item.figures.perplexity) for item, name in pairs]
-    found.append(_figure("Perplexity", bars(rows, theirs, "reference"), "Lower is better, from 0."))
+    found.append(figure("Perplexity", bars(rows, theirs, "reference"), "Lower is better, from 0."))
     layered = [(item, name) for item, name in pairs if item.layers]
     if layered:
         found.append(
-            _figure(
+            figure(
                 "Activations against the original's",
                 _layer_curves(layered),
                 "Mean relative error of the residual stream after each layer.",
@@ -186,13 +181,13 @@ def _layer_table(layers: Sequence[LayerFigures]) -> str:
     rows = []
     for index, layer in enumerate(layers):
         figures = (layer.mean, layer.worst, layer.kernel_mean, layer.kernel_worst)
-        cells = "".join(_cell(value, f"{value:.2e}") for value in figures)
+        cells = "".join(cell(value, f"{value:.2e}") for value in figures)
         rows.append(f'<tr><td data-v="{index}">{escape(layer.name)}</td>{cells}</tr>')
     note = (
         "<p>Relative error of the activations: against the original; kernels: against transformers "
         "on our own dequantized weights, where only a wrong kernel departs.</p>"
     )
-    return _table(head, rows, words=1) + note
+    return table(head, rows, words=1) + note
 
 
 def _tensor_table(tensors: Sequence[TensorFigures]) -> str:
@@ -214,14 +209,14 @@ def _tensor_table(tensors: Sequence[TensorFigures]) -> str:
         cells = [
             f"<td><code>{escape(tensor.name)}</code></td><td>{escape(tensor.format)}</td>",
             f"<td>[{shape}]</td>",
-            _cell(tensor.bits, f"{tensor.bits:.2f}"),
-            _cell(tensor.error, f"{tensor.error:.4f}{error}", raw=True),
+            cell(tensor.bits, f"{tensor.bits:.2f}"),
+            cell(tensor.error, f"{tensor.error:.4f}{error}", raw=True),
         ]
         if tensor.kl is not None and tensor.share is not None:
-            cells.append(_cell(tensor.kl, f"{tensor.kl:.3g}"))
-            cells.append(_cell(tensor.share, f"{tensor.share:.1%}{bar}", raw=True))
+            cells.append(cell(tensor.kl, f"{tensor.kl:.3g}"))
+            cells.append(cell(tensor.share, f"{tensor.share:.1%}{bar}", raw=True))
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    return _table(head, rows, words=3)
+    return table(head, rows, words=3)
 
 
 def _protocol(report: Report) -> Iterable[str]:
@@ -238,32 +233,3 @@ def _protocol(report: Report) -> Iterable[str]:
     yield "</ul><dl>"
     yield from (f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts)
     yield "</dl></section>"
-
-
-def _figure(title: str, picture: str, caption: str, legend: Sequence[str] = ()) -> str:
-    keys = "".join(
-        f'<span><i class="key s{index % COLOURS}"></i>{escape(name)}</span>'
-        for index, name in enumerate(legend)
-    )
-    legend_text = f'<p class="legend">{keys}</p>' if keys else ""
-    return (
-        f"<figure><h2>{escape(title)}</h2>{picture}{legend_text}"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _table(head: Sequence[str], rows: Sequence[str], words: int) -> str:
-    """A table that sorts by a click on a column; the first `words` columns are no numbers."""
-    cells = "".join(
-        f'<th class="{"word" if at < words else "number"}"><button>{escape(name)}</button></th>'
-        for at, name in enumerate(head)
-    )
-    return (
-        f'<div class="wide"><table><thead><tr>{cells}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def _cell(value: float, text: str, raw: bool = False) -> str:
-    """A number: its value to sort by, and its text (HTML where `raw`)."""
-    return f'<td class="number" data-v="{value!r}">{text if raw else escape(text)}</td>'
