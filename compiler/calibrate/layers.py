@@ -111,6 +111,12 @@ class LayerwiseModel:
         with self._loaded(self._head):
             yield self.model.get_output_embeddings()
 
+    def use_fast_attention(self) -> None:
+        """Use torch's own attention where the model can: no scores in memory, other rounding."""
+        if self.model._supports_sdpa:
+            self.model.set_attn_implementation("sdpa")
+            self._arguments.clear()
+
     def embed(self, windows: Windows, folder: Path | None = None) -> Hidden:
         """The hidden states before the first layer.
 
@@ -125,9 +131,8 @@ class LayerwiseModel:
                 "the tokenizer belongs to another model"
             )
         hidden = Hidden([len(window) for window in windows], self.width, folder)
-        if max(hidden.lengths) > LONG and self.model._supports_sdpa:
-            self.model.set_attn_implementation("sdpa")
-            self._arguments.clear()
+        if max(hidden.lengths) > LONG:
+            self.use_fast_attention()
         with self._loaded(self._embedding):
             for batch, block in zip(hidden.batches, hidden.blocks, strict=True):
                 ids = torch.zeros((len(batch.windows), batch.length), dtype=torch.int64)
@@ -169,8 +174,7 @@ class LayerwiseModel:
         """Transformers' model with all its numbers, in a dtype of torch; this object is spent."""
         for layer in self.layers:
             del layer.forward
-        if self.model._supports_sdpa:
-            self.model.set_attn_implementation("sdpa")
+        self.use_fast_attention()
         loaded: dict[str, str] = {}  # source -> parameter: a tied head is the embedding
         for name, source in self.sources.items():
             if source in loaded:

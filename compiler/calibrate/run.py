@@ -94,6 +94,7 @@ class _Calibration:
         device: str | None,
     ) -> None:
         self.model = LayerwiseModel(folder, checkpoint, device)
+        self.model.use_fast_attention()
         self.method = method
         self.parts = Parts(work)
         self.progress = progress

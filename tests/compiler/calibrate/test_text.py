@@ -74,8 +74,8 @@ def test_samples_have_the_models_distribution(
     EOS counts: it ends documents of all lengths, after which the batch is smaller.
     """
     special = Tokens.read(model)
-    documents = sample(model, special, 6000, 64, seed=3, device="cpu")
-    assert len({len(document) for document in documents}) > 5
+    documents = sample(model, special, 4000, 64, seed=3, device="cpu")
+    assert len({len(document) for document in documents}) > 2
     excess = []
     for document in documents:
         ids = [1, *document, *([2] if len(document) < 63 else [])]
@@ -85,7 +85,7 @@ def test_samples_have_the_models_distribution(
         surprise = -log_p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         excess.append(surprise + (log_p.exp() * log_p).sum(-1))
     drawn = torch.cat(excess).numpy()
-    assert len(drawn) > 5000
+    assert len(drawn) > 3500
     assert abs(drawn.mean()) < 4 * drawn.std() / np.sqrt(len(drawn))
     assert 2 not in {token for document in documents for token in document}
 
