@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qcc.compiler.imports.lora import with_lora
+from qcc.compiler.source import checksum, stamp
 from qcc.compiler.weights.checkpoint import Checkpoint
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import read_json
@@ -24,6 +27,40 @@ SHARE = 0.6  # of the free memory that weights in f32 may take
 NEEDS = "pip install 'qcc[torch]' transformers, or use --reference qcc"
 
 
+@dataclass(frozen=True)
+class Original:
+    """A checkpoint's folder and how it is read: pickled weights, an adapter to merge."""
+
+    folder: Path
+    allow_pickle: bool = False
+    lora: Path | None = None
+
+    def open(self) -> Checkpoint:
+        """Its tensors; a context manager."""
+        checkpoint = Checkpoint.open(self.folder, allow_pickle=self.allow_pickle)
+        return checkpoint if self.lora is None else with_lora(checkpoint, self.lora)
+
+    def is_source(self, source: Mapping[str, Any]) -> bool:
+        """Whether an artifact whose qcc.json has this `source` was made of it."""
+        if source.get("stamp") == stamp(self.folder, self.lora):
+            return True
+        return bool(source.get("sha256") == checksum(self.folder, self.lora))
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of its weights in f32."""
+        with self.open() as checkpoint:
+            return 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether transformers needs nothing beside itself to read the weights."""
+        names = ("model.safetensors", "model.safetensors.index.json")
+        packed = "quantization_config" in read_json(self.folder / "config.json", "give a model")
+        there = any((self.folder / name).exists() for name in names)
+        return there and not packed and self.lora is None
+
+
 class Transformers:
     """transformers' model of a checkpoint, whole and on the CPU."""
 
@@ -32,34 +69,29 @@ class Transformers:
         self.model = model
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        weights: Mapping[str, Floats] | None = None,
-        allow_pickle: bool = False,
-    ) -> Transformers:
+    def load(cls, original: Original, weights: Mapping[str, Floats] | None = None) -> Transformers:
         """Load a checkpoint as AutoModelForCausalLM does.
 
-        Weights that only qcc reads (packed by another tool, GGUF, pickled) are read by qcc.
+        Weights that only qcc reads (packed by another tool, GGUF, pickled, with an adapter) are
+        read by qcc.
 
         Args:
-            folder: with config.json and the weights.
+            original: the checkpoint.
             weights: instead of the checkpoint's, under the checkpoint's names, f32.
-            allow_pickle: read pytorch_model.bin (weights only).
 
         Raises:
             QccError: not installed, or transformers refuses the checkpoint.
         """
         torch, transformers = _import()
-        auto = transformers.AutoModelForCausalLM
+        folder, auto = original.folder, transformers.AutoModelForCausalLM
         options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
         try:
-            if weights is None and _plain(folder):
+            if weights is None and original.is_plain:
                 model = auto.from_pretrained(folder, use_safetensors=True, **options)
             elif weights is None:
                 from qcc.compiler.calibrate.layers import LayerwiseModel
 
-                with Checkpoint.open(folder, allow_pickle=allow_pickle) as checkpoint:
+                with original.open() as checkpoint:
                     model = LayerwiseModel(folder, checkpoint, "cpu").whole(torch.float32)
             else:
                 config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -101,7 +133,7 @@ class Transformers:
         return [x[0].float().numpy() for x in out.hidden_states], out.logits[0].float().numpy()
 
 
-def reference_logits(folder: Path, allow_pickle: bool = False) -> tuple[str, Stream]:
+def reference_logits(original: Original) -> tuple[str, Stream]:
     """The original's name in a report, and its function windows -> their logits.
 
     A model that does not fit the memory runs layer by layer, each layer over all windows.
@@ -111,35 +143,17 @@ def reference_logits(folder: Path, allow_pickle: bool = False) -> tuple[str, Str
     """
     _, transformers = _import()
     name = f"transformers {transformers.__version__}, fp32"
-    if float_bytes(folder, allow_pickle) < SHARE * _free_bytes():
-        return name, Transformers.load(folder, allow_pickle=allow_pickle).logits
+    name += "" if original.lora is None else f", with {original.lora}"
+    if original.float_bytes < SHARE * _free_bytes():
+        return name, Transformers.load(original).logits
 
     def stream(windows: Windows) -> Iterator[Floats]:
         from qcc.compiler.calibrate.layers import logits_of_windows
 
-        with Checkpoint.open(folder, allow_pickle=allow_pickle) as checkpoint:
-            yield from logits_of_windows(folder, windows, checkpoint)
+        with original.open() as checkpoint:
+            yield from logits_of_windows(original.folder, windows, checkpoint)
 
     return f"{name}, layer by layer", stream
-
-
-def float_bytes(folder: Path, allow_pickle: bool = False) -> int:
-    """Bytes of a checkpoint's weights in f32."""
-    with Checkpoint.open(folder, allow_pickle=allow_pickle) as checkpoint:
-        return 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
-
-
-def _free_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def _plain(folder: Path) -> bool:
-    """Whether transformers needs nothing beside itself to read the weights."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    packed = "quantization_config" in read_json(folder / "config.json", "give a checkpoint")
-    return not packed and any((folder / name).exists() for name in names)
 
 
 def available() -> bool:
@@ -147,6 +161,12 @@ def available() -> bool:
     from importlib.util import find_spec
 
     return find_spec("torch") is not None and find_spec("transformers") is not None
+
+
+def _free_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _import() -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from qcc.compiler.build import Plan, weight_specs
 from qcc.compiler.config import read_json
 from qcc.compiler.models import find_architecture
+from qcc.compiler.reference import Original
 from qcc.compiler.sizes import Sizes
 from qcc.compiler.weights.checkpoint import Checkpoint
 from qcc.compiler.weights.spec import WeightSpec
@@ -36,35 +37,36 @@ BLOCK = 1 << 22  # numbers of a weight that are dequantized at a time
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The weights of an artifact; `source` is the checkpoint's folder, `specs` in order."""
+    """The weights of an artifact; `source` is their checkpoint."""
 
     artifact: Artifact
-    source: Path
+    source: Original
     plan: Plan
     specs: tuple[WeightSpec, ...]
-    allow_pickle: bool = False
 
     @classmethod
-    def open(cls, artifact: Artifact, source: Path, allow_pickle: bool = False) -> StoredWeights:
+    def open(cls, artifact: Artifact, source: Original) -> StoredWeights:
         """Match an artifact with a checkpoint of the same architecture and sizes.
 
         Raises:
             QccError: they have other tensors.
         """
         try:
-            plan = plan_of(artifact, source)
+            plan = plan_of(artifact, source.folder)
             specs = weight_specs(plan)
         except SchemeError as err:
-            raise QccError(f"{artifact.folder} was not compiled from {source}: {err}") from err
+            raise QccError(
+                f"{artifact.folder} was not compiled from {source.folder}: {err}"
+            ) from err
         for part in (part for spec in specs for part in spec.stored):
             record = artifact.records.get(part.name)
             if record is None or (record.shape, record.dtype) != (part.shape, part.dtype):
                 found = f"{record.dtype}{list(record.shape)}" if record else "missing"
                 raise QccError(
-                    f"{artifact.folder} was not compiled from {source}: {part.name!r} is {found}, "
-                    f"of that model it would be {part.dtype}{list(part.shape)}"
+                    f"{artifact.folder} was not compiled from {source.folder}: {part.name!r} is "
+                    f"{found}, of that model it would be {part.dtype}{list(part.shape)}"
                 )
-        return cls(artifact, source, plan, specs, allow_pickle)
+        return cls(artifact, source, plan, specs)
 
     def quantized(self) -> list[WeightSpec]:
         """The weights that are not stored as floating numbers."""
@@ -95,7 +97,7 @@ class StoredWeights:
         """(spec, ||W - W'|| / ||W||, Frobenius) of every quantized weight."""
         specs = self.quantized()
         total, done = sum(math.prod(spec.shape) for spec in specs), 0
-        with self.checkpoint() as checkpoint:
+        with self.source.open() as checkpoint:
             for spec in specs:
                 original, ours = self.original(spec, checkpoint), self.dequantized(spec)
                 yield spec, relative_error(original, ours)
@@ -120,10 +122,6 @@ class StoredWeights:
                 found[source.name] = np.ascontiguousarray(whole[row : row + rows])
                 row += rows
         return found
-
-    def checkpoint(self) -> Checkpoint:
-        """The open checkpoint; a context manager."""
-        return Checkpoint.open(self.source, allow_pickle=self.allow_pickle)
 
     def _parts(self, spec: WeightSpec) -> dict[str, Array]:
         """Suffix -> stored array, rows first."""

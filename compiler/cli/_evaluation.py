@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from qcc.compiler.reference import Stream, available, reference_logits
-from qcc.compiler.source import checksum, locate, stamp
+from qcc.compiler.reference import Original, Stream, available, reference_logits
+from qcc.compiler.source import locate
 from qcc.compiler.steps import Steps
 from qcc.compiler.stored_weights import StoredWeights
 from qcc.runtime.artifact import Artifact, running_versions
@@ -28,6 +28,7 @@ from qcc.runtime.eval.report import Evaluation, Report
 from qcc.runtime.eval.saved import SavedLogits
 
 if TYPE_CHECKING:
+    from qcc.compiler.cli._swap import SwappableModel
     from qcc.runtime.engine.llm import LLM
     from qcc.runtime.engine.tokenizer import Tokenizer
 
@@ -47,14 +48,15 @@ class EvalOptions:
     layers: bool = False
     tensors: bool = False
     allow_pickle: bool = False
+    lora: Path | None = None
     threads: int | None = None
 
 
 @dataclass(frozen=True)
-class _Original:
-    """MODEL: its checkpoint's folder, the reference's name and its logits."""
+class _Reference:
+    """MODEL, the name of what runs it, and its logits."""
 
-    folder: Path
+    source: Original
     name: str
     logits: Stream
 
@@ -82,11 +84,8 @@ def evaluate(
     original, stored = None, []
     if options.against is not None:
         with steps.step("Load the reference") as step:
-            original = _original(options, llms, context, steps)
-            stored = [
-                StoredWeights.open(artifact, original.folder, options.allow_pickle)
-                for artifact in opened
-            ]
+            original = _reference(options, llms, context, steps)
+            stored = [StoredWeights.open(artifact, original.source) for artifact in opened]
             step.note = original.name
     with steps.step("Run the windows") as step:
         collectors = _run(llms, original, windows, options, steps)
@@ -160,7 +159,7 @@ def _check_vocabularies(llms: Sequence[LLM]) -> None:
             )
 
 
-def _original(options: EvalOptions, llms: Sequence[LLM], context: int, steps: Steps) -> _Original:
+def _reference(options: EvalOptions, llms: Sequence[LLM], context: int, steps: Steps) -> _Reference:
     """MODEL, of the artifacts' vocabulary, ready to run."""
     assert options.against is not None, "asked for only with --against"
     folder = locate(options.against, options.allow_pickle)
@@ -168,16 +167,22 @@ def _original(options: EvalOptions, llms: Sequence[LLM], context: int, steps: St
     kind = options.reference
     if kind == "auto":
         kind = "transformers" if available() else "qcc"
+    source = Original(folder, options.allow_pickle, options.lora)
     if kind == "transformers":
-        return _Original(folder, *reference_logits(folder, options.allow_pickle))
-    from qcc.compiler.cli._swap import SwappableModel
-
-    model = SwappableModel(folder, steps, context_window=context, allow_pickle=options.allow_pickle)
+        return _Reference(source, *reference_logits(source))
+    model = _swappable(source, context, steps)
 
     def stream(windows: Sequence[Sequence[int]]) -> Iterator[Floats]:
         return map(model.logits, windows)
 
-    return _Original(folder, f"qcc {model.name}, {model.llm.artifact.folder}", stream)
+    return _Reference(source, f"qcc {model.name}, {model.llm.artifact.folder}", stream)
+
+
+def _swappable(source: Original, context: int, steps: Steps) -> SwappableModel:
+    """MODEL as our own float library."""
+    from qcc.compiler.cli._swap import SwappableModel
+
+    return SwappableModel(source.folder, steps, None, context, source.allow_pickle, source.lora)
 
 
 def _check_model(folder: Path, llm: LLM) -> None:
@@ -201,7 +206,7 @@ def _check_model(folder: Path, llm: LLM) -> None:
 
 def _run(
     llms: Sequence[LLM],
-    original: _Original | None,
+    original: _Reference | None,
     windows: Windows,
     options: EvalOptions,
     steps: Steps,
@@ -228,11 +233,11 @@ def _run(
     return collectors
 
 
-def _check_width(reference: Floats, ids: Sequence[int], original: _Original) -> None:
+def _check_width(reference: Floats, ids: Sequence[int], original: _Reference) -> None:
     if reference.shape[1] <= max(ids):
         raise QccError(
-            f"--against {original.folder}: logits of {reference.shape[1]} tokens, the text has "
-            f"token {max(ids)}; give the model that the artifact was compiled from"
+            f"--against {original.source.folder}: logits of {reference.shape[1]} tokens, the text "
+            f"has token {max(ids)}; give the model that the artifact was compiled from"
         )
 
 
@@ -240,12 +245,12 @@ def _evaluation(
     llm: LLM,
     collector: Collector,
     text: Text,
-    original: _Original | None,
+    original: _Reference | None,
 ) -> Evaluation:
     artifact = llm.artifact
     warnings = [*_calibrated_on(artifact, text)]
     if original is not None:
-        warnings += _other_source(artifact, original.folder)
+        warnings += _other_source(artifact, original.source)
     bits, nbytes = stored_bits(artifact)
     return Evaluation(
         str(artifact.folder),
@@ -267,17 +272,14 @@ def _compared(
     steps: Steps,
 ) -> list[Evaluation]:
     """Evaluations with what comparing the weights themselves, and the layers, tells."""
-    from qcc.compiler.cli._damage import linear_bits, measured, part_of, tensor_figures
+    from qcc.compiler.cli._damage import linear_bits, measured, tensor_figures
+    from qcc.compiler.cli._divergence import part_of
 
     with steps.step("Compare the weights"):
         tensors = [tensor_figures(weights, steps) for weights in stored]
     if options.tensors:
-        from qcc.compiler.cli._swap import SwappableModel
-
         with steps.step("Measure each weight"):
-            swappable = SwappableModel(
-                stored[0].source, steps, None, windows.context, options.allow_pickle
-            )
+            swappable = _swappable(stored[0].source, windows.context, steps)
             tensors = measured(stored, tensors, swappable, windows, steps)
     found = []
     for item, llm, weights, each in zip(evaluations, llms, stored, tensors, strict=True):
@@ -285,7 +287,7 @@ def _compared(
         if options.layers:
             from qcc.compiler.cli._layers import PART_TOKENS, layer_figures
 
-            part = part_of(windows, PART_TOKENS)
+            part = part_of(windows.ids, PART_TOKENS)
             layers, findings = layer_figures(llm, weights, part, each, steps)
             item = replace(item, layers=tuple(layers), findings=tuple(findings))
         found.append(item)
@@ -308,19 +310,14 @@ def _calibrated_on(artifact: Artifact, text: Text) -> Iterator[str]:
         )
 
 
-def _other_source(artifact: Artifact, folder: Path) -> Iterator[str]:
-    source = artifact.manifest.source
-    if source.get("stamp") == stamp(folder) or source.get("sha256") == checksum(folder):
-        return
-    why = (
-        "the figures include what the adapter changed"
-        if source.get("lora")
-        else (
-            "if a LoRA adapter was merged or the weights were imported, the figures include that; "
-            "else they compare different models"
+def _other_source(artifact: Artifact, source: Original) -> Iterator[str]:
+    if not source.is_source(artifact.manifest.source):
+        yield (
+            f"it was compiled from {artifact.manifest.source.get('name')}, not from "
+            f"{source.folder} as it is now: if an adapter was merged (give it with --lora) or "
+            "weights were changed on purpose, the figures include that; else they compare "
+            "different models"
         )
-    )
-    yield f"it was compiled from {source.get('name')}, not from {folder}: {why}"
 
 
 def store(folder: Path, report: Report, index: int = 0) -> None:

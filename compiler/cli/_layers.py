@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from qcc.compiler.build import build_library
 from qcc.compiler.models.architecture import Architecture
-from qcc.compiler.reference import SHARE, Transformers, float_bytes
+from qcc.compiler.reference import SHARE, Transformers
 from qcc.compiler.steps import Steps
 from qcc.compiler.stored_weights import StoredWeights
 from qcc.runtime.artifact import Artifact, library_entry, read_manifest, write_manifest
@@ -66,17 +66,15 @@ def layer_figures(
     Raises:
         QccError: transformers is not installed, or the original does not fit the memory.
     """
-    if float_bytes(stored.source, stored.allow_pickle) > SHARE * available_bytes():
+    if stored.source.float_bytes > SHARE * available_bytes():
         raise QccError(
-            f"--layers: {stored.source} in f32 does not fit the memory, of which "
+            f"--layers: {stored.source.folder} in f32 does not fit the memory, of which "
             f"{available_bytes() / 1e9:.1f} GB are free"
         )
     with steps.step("Build a library with layers"), _layer_library(stored) as model:
         ours = [[*_outputs(model, ids), llm.logits(ids)] for ids in windows]
     with steps.step("Run transformers"):
-        theirs = _stream(
-            Transformers.load(stored.source, allow_pickle=stored.allow_pickle), windows
-        )
+        theirs = _stream(Transformers.load(stored.source), windows)
         on_ours = _stream(Transformers.load(stored.source, stored.by_source()), windows)
     count = len(ours[0]) - 2
     names = ["embedding", *(f"layer {i}" for i in range(count)), "logits"]

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from qcc.compiler.build import weight_specs
 from qcc.compiler.driver import compile_model
 from qcc.compiler.options import CompileOptions
-from qcc.compiler.reference import SHARE, float_bytes
+from qcc.compiler.reference import SHARE, Original
 from qcc.compiler.source import locate, stamp
 from qcc.compiler.steps import Steps
 from qcc.compiler.stored_weights import plan_of
@@ -47,6 +47,7 @@ class SwappableModel:
         quant: str | None = None,
         context_window: int | None = None,
         allow_pickle: bool = False,
+        lora: Path | None = None,
     ) -> None:
         """Compile the checkpoint into the cache, unless it is there, and load it.
 
@@ -56,15 +57,17 @@ class SwappableModel:
             quant: a floating scheme; None: q0f32, or q0bf16 where f32 does not fit the memory.
             context_window: tokens of the longest `logits`; None: the library's.
             allow_pickle: read pytorch_model.bin.
+            lora: an adapter to merge.
         """
         from qcc.runtime.engine.llm import LLM
 
-        source = locate(str(model), allow_pickle)
-        self.name = quant or _affordable(source, allow_pickle)
-        folder = compiled_float(source, self.name, steps, allow_pickle)
+        original = Original(locate(str(model), allow_pickle), allow_pickle, lora)
+        small = original.float_bytes < SHARE * available_bytes()
+        self.name = quant or (FLOAT if small else LARGE)
+        folder = compiled_float(original, self.name, steps)
         self.llm: LLM = LLM(folder, context_window=context_window, max_batch_size=1)
         artifact = self.llm.artifact
-        specs = weight_specs(plan_of(artifact, source))
+        specs = weight_specs(plan_of(artifact, original.folder))
         self.shapes = {spec.name: spec.shape for spec in specs}
         self._rows: dict[str, tuple[str, slice]] = {}  # any name -> (parameter, its rows)
         for spec in specs:
@@ -148,22 +151,17 @@ class SwappableModel:
         library.bind(self._slots)
 
 
-def compiled_float(
-    source: Path, quant: str, steps: Steps | None = None, allow_pickle: bool = False
-) -> Path:
+def compiled_float(original: Original, quant: str, steps: Steps | None = None) -> Path:
     """The artifact of a checkpoint under a floating scheme, in the cache; compiled once."""
-    source = source.resolve()
-    key = hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    source = original.folder.resolve()
+    key = hashlib.sha256(repr((str(source), original.lora)).encode()).hexdigest()[:16]
     out = cache_dir() / "compiled" / f"{source.name}-{quant}-{key}"
     try:
-        if Artifact.open(out).manifest.source.get("stamp") == stamp(source):
+        if Artifact.open(out).manifest.source.get("stamp") == stamp(source, original.lora):
             return out
     except QccError:
         pass  # not there, unfinished, or of another version
-    options = CompileOptions(quant=quant, force=True, allow_pickle=allow_pickle)
+    options = CompileOptions(
+        quant=quant, force=True, allow_pickle=original.allow_pickle, lora=original.lora
+    )
     return compile_model(str(source), out, options, steps)
-
-
-def _affordable(source: Path, allow_pickle: bool) -> str:
-    """q0f32, or q0bf16 where weights in f32 would take too much of the memory."""
-    return FLOAT if float_bytes(source, allow_pickle) < SHARE * available_bytes() else LARGE

@@ -149,9 +149,12 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(out: Path, args: argparse.Namespace, steps: Steps) -> None:
     """Evaluate an artifact against the model it was made of; print and keep the report."""
+    from pathlib import Path
+
     from qcc.compiler.cli._evaluation import EvalOptions, evaluate, store
 
-    options = EvalOptions(against=args.model, allow_pickle=args.allow_pickle)
+    lora = Path(args.lora) if args.lora else None
+    options = EvalOptions(against=args.model, allow_pickle=args.allow_pickle, lora=lora)
     report = evaluate([out], args.eval, options, steps)
     store(out, report)
     print("\n".join(report.lines()))

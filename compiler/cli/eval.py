@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show after which layer the activations depart from the original's: finds a wrong "
         "kernel",
     )
+    parser.add_argument(
+        "--lora", default=None, metavar="DIR", help="PEFT adapter that was merged into MODEL"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object, on the last line")
     parser.add_argument("--html", metavar="FILE", default=None, help="write a page with plots")
     parser.add_argument(
@@ -98,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         layers=args.layers,
         tensors=args.tensors,
         allow_pickle=args.allow_pickle,
+        lora=Path(args.lora) if args.lora else None,
         threads=args.threads,
     )
     report = evaluate(args.artifacts, args.text, options, Steps())

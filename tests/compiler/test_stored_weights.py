@@ -11,6 +11,7 @@ import pytest
 
 from qcc.compiler import stored_weights
 from qcc.compiler.driver import convert_model
+from qcc.compiler.reference import Original
 from qcc.compiler.stored_weights import StoredWeights, relative_error
 from qcc.runtime.artifact import Artifact
 from qcc.runtime.errors import QccError
@@ -21,7 +22,7 @@ def converted(model: Path, quant: str, out: Path) -> StoredWeights:
     from qcc.compiler.options import CompileOptions
 
     folder = convert_model(str(model), out, CompileOptions(quant=quant))
-    return StoredWeights.open(Artifact.open(folder), model)
+    return StoredWeights.open(Artifact.open(folder), Original(model))
 
 
 def original(model: Path) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def test_blocks_of_rows_are_the_whole(
     weights = converted(model, scheme, tmp_path / "a")
     whole = [weights.dequantized(spec) for spec in weights.quantized()]
     monkeypatch.setattr(stored_weights, "BLOCK", 200)
-    with weights.checkpoint() as opened:
+    with weights.source.open() as opened:
         for spec, array in zip(weights.quantized(), whole, strict=True):
             np.testing.assert_array_equal(weights.dequantized(spec), array)
             step = np.abs(array).max() / (2 ** (spec.format.bits - 1) - 1)
@@ -68,7 +69,7 @@ def test_a_fused_weight_of_two_formats_is_read_apart(checkpoint: Any, tmp_path: 
     model = checkpoint("llama")
     options = CompileOptions(quant="q3f16_1", rules=(("*.v_proj.*", "8/32a"),))
     folder = convert_model(str(model), tmp_path / "a", options)
-    weights = StoredWeights.open(Artifact.open(folder), model)
+    weights = StoredWeights.open(Artifact.open(folder), Original(model))
     errors = {spec.name: error for spec, error in weights.errors()}
     q, v = (errors[f"model.layers.0.self_attn.{part}_proj.weight"] for part in "qv")
     assert 0 < v < 0.01 < 0.1 < q
@@ -82,12 +83,12 @@ def test_another_model_is_refused(checkpoint: Any, tmp_path: Path) -> None:
     weights = converted(model, "q4f16_1", tmp_path / "a")
     wider = checkpoint("llama", intermediate_size=204)
     with pytest.raises(QccError, match=r"was not compiled from .*: 'model\.layers\.0\.mlp\."):
-        StoredWeights.open(weights.artifact, wider)
+        StoredWeights.open(weights.artifact, Original(wider))
     bare = tmp_path / "bare"
     shutil.copytree(model, bare)
     (bare / "config.json").write_text("[]")
     with pytest.raises(QccError, match="not a JSON object"):
-        StoredWeights.open(weights.artifact, bare)
+        StoredWeights.open(weights.artifact, Original(bare))
 
 
 def test_relative_error_of_known_numbers() -> None:

@@ -91,8 +91,9 @@ def test_what_does_not_fit_is_refused(swappable: Any) -> None:
 
 def test_the_library_is_compiled_once(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from qcc.compiler.cli import _swap
+    from qcc.compiler.reference import Original
 
     folder = checkpoint("llama")
-    made = _swap.compiled_float(folder, "q0f32")
+    made = _swap.compiled_float(Original(folder), "q0f32")
     monkeypatch.setattr(_swap, "compile_model", lambda *_: pytest.fail("compiled again"))
-    assert _swap.compiled_float(folder, "q0f32") == made
+    assert _swap.compiled_float(Original(folder), "q0f32") == made
