@@ -212,6 +212,9 @@ def test_resumes_at_the_first_layer_that_is_not_whole(
     repaired = Recorder()
     assert_same(run(repaired, work), whole)
     assert len(repaired.calls) == 4  # those of layer 0; layer 1 stands
+    np.savez(victim, q_weight=np.zeros((64, 22), np.uint32), q_scale=np.zeros((64, 6), np.float16))
+    repaired = Recorder()
+    assert_same(run(repaired, work), whole)  # another format's file is not taken
     (work / "model.layers.1.json").write_text("{")
     repaired = Recorder()
     assert_same(run(repaired, work), whole)
