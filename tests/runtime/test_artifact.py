@@ -198,7 +198,7 @@ def test_versions(folder: Path) -> None:
         (lambda d: d.update(extra=1), "unknown keys ['extra']"),
         (lambda d: d.update(sizes=3), "sizes is no object"),
         (lambda d: d.update(sizes={"a": 1.5}), "sizes[a] is 1.5, no whole number"),
-        (lambda d: d.update(scheme=3), "scheme or method is no string"),
+        (lambda d: d.update(scheme=3), "scheme is no string"),
         (lambda d: d.update(libraries=[]), "items"),
         (lambda d: d.update(libraries={"cpu": {"file": "x"}}), "sha256"),
         (lambda d: d["libraries"]["webgpu"].update(bytes="9"), "libraries[webgpu] has no size"),
