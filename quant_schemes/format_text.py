@@ -3,7 +3,8 @@
 float                 not quantized
 4/32   4/row 8/tensor bits/group, symmetric, the contract's grid
 4/64a                 asymmetric: a scale and a bias for each group
-3/16k  3/32k          asymmetric with two-level scales: 4 bits each at group 16, 6 at 32 and up
+3/16k  4/32k          asymmetric with two-level scales: of 6 bits from 4 bits and group 32 on,
+                      else of 4; 2/32k6: of as many as named
 q8f16_1               as the linear layers of a shipped scheme without other rules
 """
 
@@ -19,13 +20,13 @@ from qcc.quant_schemes.format import MAX_GROUP, WeightFormat, float_format
 
 FORMAT_HELP = "FORMAT: bits/group as 4/32, 4/64a (asymmetric), 2/16k (two-level), 8/row; a uniform "
 FORMAT_HELP += "scheme as q8f16_1; or float"
-_TEXT = re.compile(r"(\d)/(\d{1,5}|row|tensor)([ak]?)")
+_TEXT = re.compile(r"(\d)/(\d{1,5}|row|tensor)(a|k\d?)?")
 _KEYS = {"bits", "group", "layout", "grid", "zero", "scale_bits", "dtype"}
 
 
-def default_scale_bits(group: int) -> int:
-    """Bits of a two-level format's scales: half a bit a weight at group 16, less at more."""
-    return 4 if group <= 16 else 6
+def default_scale_bits(bits: int, group: int) -> int:
+    """Bits of a two-level format's scales: of 2 and 3 bits finer ones are not worth their bits."""
+    return 4 if bits <= 3 or group <= 16 else 6
 
 
 def format_of_text(
@@ -56,8 +57,9 @@ def format_of_text(
         fields["group"] = int(group)
     if kind:
         fields["grid"] = "asymmetric"
-    if kind == "k":
-        fields["scale_bits"] = default_scale_bits(int(group) if group.isdigit() else 0)
+        if kind[0] == "k":
+            default = default_scale_bits(int(bits), int(group) if group.isdigit() else 0)
+            fields["scale_bits"] = int(kind[1:] or default)
     return format_of_dict(fields, dtype, where)
 
 
@@ -120,5 +122,9 @@ def text_of(fmt: WeightFormat) -> str:
     """A format in few letters, as FORMAT: float, 4/32, 3/32a, 2/16k; z: zero points."""
     if fmt.is_float:
         return "float"
-    kind = "k" if fmt.two_level else {"asymmetric": "a", "zero_point": "z"}.get(fmt.grid, "")
+    kind = {"asymmetric": "a", "zero_point": "z"}.get(fmt.grid, "")
+    if fmt.scale_bits is not None:
+        assert isinstance(fmt.group, int)
+        usual = fmt.scale_bits == default_scale_bits(fmt.bits, fmt.group)
+        kind = "k" if usual else f"k{fmt.scale_bits}"
     return f"{fmt.bits}/{fmt.group}{kind}"

@@ -19,7 +19,7 @@ qcc compile ./Llama-3.2-1B --quant tuned.yaml --method gptq -o ./llama-tuned
 qcc tune ./Llama-3.2-1B --target-bytes 600M --calib mytext.txt -o tuned.yaml
 qcc tune ./Llama-3.2-1B --target-bpw 3.5 --embedding 8/32 -o tuned.yaml
 """
-FORMATS = "2/32k,2/16k,3/32k,3/16k,4/32k,4/16k,5/32k,6/32k,8/row,8/32"
+FORMATS = "2/32k,2/16k,3/32k,3/16k,4/32k4,4/32k,4/16k,5/32k,6/32k,8/row,8/32"
 SMALL = 200_000_000  # weights; below, every pair of weight and format is measured, and the curve
 PROBES = 3  # formats measured of a larger model
 TOKENS = 2048
