@@ -65,8 +65,10 @@ class SwappableModel:
         small = original.float_bytes < SHARE * available_bytes()
         self.name = quant or (FLOAT if small else LARGE)
         folder = compiled_float(original, self.name, steps)
+        artifact = Artifact.open(folder)
+        if artifact.manifest.sizes["context_window_size"] < 0:
+            context_window = None  # a sliding window has no bound
         self.llm: LLM = LLM(folder, context_window=context_window, max_batch_size=1)
-        artifact = self.llm.artifact
         specs = weight_specs(plan_of(artifact, original.folder))
         self.shapes = {spec.name: spec.shape for spec in specs}
         self._rows: dict[str, tuple[str, slice]] = {}  # any name -> (parameter, its rows)

@@ -68,14 +68,14 @@ class Windows:
 
     def describe(self) -> list[str]:
         """The protocol in words."""
-        bos = f"BOS (id {self.bos}) and {self.context - 1:,}"
+        made = f"BOS (id {self.bos}) and {self.context - 1:,} tokens"
         if self.bos is None:
-            bos = f"{self.context:,} (the model has no BOS)"
+            made = f"{self.context:,} tokens (the model has no BOS)"
         cut = f", the first {self.max_tokens:,} tokens" if self.max_tokens else ""
         return [
             f"text split at {', '.join(self.marks)}, each document stripped of white space at both "
             f"ends, empty ones dropped: {self.documents:,} documents{cut}",
-            f"windows of {bos} tokens without overlap, those of {MIN_WINDOW} tokens or fewer (BOS "
+            f"windows of {made} without overlap, those of {MIN_WINDOW} tokens or fewer (BOS "
             f"counted) dropped: {len(self.ids):,} windows of {self.tokens:,} tokens, "
             f"{self.dropped:,} dropped",
             f"all positions but the last of each window: {self.positions:,}; "
