@@ -53,7 +53,7 @@ def sample(
     """
     layerwise = LayerwiseModel(folder, checkpoint, device)
     model = layerwise.whole(_dtype(layerwise, folder))
-    count = min(MAX_BATCH, _fitting(model, context), max(1, 2 * tokens // context))
+    count = min(MAX_BATCH, _fitting(model, context), -(-tokens // context))
     generator = torch.Generator(layerwise.device).manual_seed(seed)
     documents: list[list[int]] = []
     done = 0
