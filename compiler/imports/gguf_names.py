@@ -105,7 +105,10 @@ AUXILIARY = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_shor
 
 
 def heads_of(metadata: dict[str, Any], architecture: str) -> dict[str, Any]:
-    """The numbers of heads of a file; unchecked."""
-    heads = metadata.get(f"{architecture}.attention.head_count")
-    kv_heads = metadata.get(f"{architecture}.attention.head_count_kv")
-    return {"head_count": heads, "head_count_kv": heads if kv_heads is None else kv_heads}
+    """The numbers of heads of a file, unchecked; a list has one for each layer."""
+    found: dict[str, Any] = {}
+    for key in ("head_count", "head_count_kv"):
+        value = metadata.get(f"{architecture}.attention.{key}")
+        value = found.get("head_count") if value is None else value
+        found[key] = value[0] if isinstance(value, list) and len(set(value)) == 1 else value
+    return found
