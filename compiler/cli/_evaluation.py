@@ -22,9 +22,9 @@ from qcc.compiler.steps import Steps
 from qcc.compiler.stored_weights import StoredWeights
 from qcc.runtime.artifact import Artifact, running_versions
 from qcc.runtime.errors import QccError
-from qcc.runtime.eval.figures import Collector
+from qcc.runtime.eval.figures import Collector, NotFiniteError
 from qcc.runtime.eval.protocol import MAX_CONTEXT, Text, Windows, cut_windows, read_text
-from qcc.runtime.eval.report import Evaluation, Report
+from qcc.runtime.eval.report import Evaluation, LayerFigures, Report
 from qcc.runtime.eval.saved import SavedLogits
 
 if TYPE_CHECKING:
@@ -87,9 +87,16 @@ def evaluate(
             original = _reference(options, llms, context, steps)
             stored = [StoredWeights.open(artifact, original.source) for artifact in opened]
             step.note = original.name
-    with steps.step("Run the windows") as step:
-        collectors = _run(llms, original, windows, options, steps)
-        step.note = f"{windows.tokens:,} tokens"
+    try:
+        with steps.step("Run the windows") as step:
+            collectors = _run(llms, original, windows, options, steps)
+            step.note = f"{windows.tokens:,} tokens"
+    except NotFiniteError as err:
+        hint = "qcc eval --against MODEL --layers names the layer that they come from"
+        if options.layers:
+            rows = [_layers(*pair, windows, steps) for pair in zip(llms, stored, strict=True)]
+            hint = "; ".join(text for _, found in rows for text in found)
+        raise QccError(f"{err}; {hint}") from err
     evaluations = [
         _evaluation(llm, collector, content, original)
         for llm, collector in zip(llms, collectors, strict=True)
@@ -273,7 +280,6 @@ def _compared(
 ) -> list[Evaluation]:
     """Evaluations with what comparing the weights themselves, and the layers, tells."""
     from qcc.compiler.cli._damage import linear_bits, measured, tensor_figures
-    from qcc.compiler.cli._divergence import part_of
 
     with steps.step("Compare the weights"):
         tensors = [tensor_figures(weights, steps) for weights in stored]
@@ -285,13 +291,22 @@ def _compared(
     for item, llm, weights, each in zip(evaluations, llms, stored, tensors, strict=True):
         item = replace(item, linear_bits=linear_bits(weights.specs), tensors=tuple(each))
         if options.layers:
-            from qcc.compiler.cli._layers import PART_TOKENS, layer_figures
-
-            part = part_of(windows.ids, PART_TOKENS)
-            layers, findings = layer_figures(llm, weights, part, each, steps)
+            layers, findings = _layers(llm, weights, windows, steps)
             item = replace(item, layers=tuple(layers), findings=tuple(findings))
         found.append(item)
     return found
+
+
+def _layers(
+    llm: LLM, stored: StoredWeights, windows: Windows, steps: Steps
+) -> tuple[list[LayerFigures], list[str]]:
+    """What the layers say, in figures and in words."""
+    from qcc.compiler.cli._damage import tensor_figures
+    from qcc.compiler.cli._divergence import part_of
+    from qcc.compiler.cli._layers import PART_TOKENS, layer_figures
+
+    part, tensors = part_of(windows.ids, PART_TOKENS), tensor_figures(stored, steps)
+    return layer_figures(llm, stored, part, tensors, steps)
 
 
 def stored_bits(artifact: Artifact) -> tuple[float, int]:

@@ -205,5 +205,8 @@ def _relative(ours: Floats, theirs: Floats) -> npt.NDArray[np.float64]:
     """||ours - theirs|| / ||theirs|| of each position, f64[n]."""
     width = min(ours.shape[1], theirs.shape[1])
     a, b = ours[:, :width].astype(np.float64), theirs[:, :width].astype(np.float64)
-    found: npt.NDArray[np.float64] = np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)
+    norm = np.linalg.norm(b, axis=1)
+    found: npt.NDArray[np.float64] = np.linalg.norm(a - b, axis=1) / norm
+    # Where the reference is no number either, its weights are to blame: nothing departs.
+    found[~np.isfinite(norm) & ~np.isfinite(a).all(axis=1)] = 0.0
     return found

@@ -20,6 +20,10 @@ Doubles = npt.NDArray[np.float64]
 BLOCK = 1 << 21  # logits that are f64 at a time: 16 MiB
 
 
+class NotFiniteError(QccError):
+    """A model's logits are no numbers."""
+
+
 @dataclass(frozen=True)
 class Figures:
     """What the positions of a text say of a model; the KL fields are None without a reference.
@@ -70,7 +74,7 @@ class Collector:
                 the common width counts.
 
         Raises:
-            QccError: a logit that is no number.
+            NotFiniteError: a logit that is no number.
         """
         targets = np.asarray(ids[1:], np.int64)
         width = ours.shape[1] if reference is None else min(ours.shape[1], reference.shape[1])
@@ -109,9 +113,7 @@ class Collector:
     @staticmethod
     def _finite(logits: Array, what: str) -> Array:
         if not np.isfinite(logits).all():
-            raise QccError(
-                f"{what}: NaN or infinite logits; qcc eval --layers names the layer they come from"
-            )
+            raise NotFiniteError(f"{what}: NaN or infinite logits")
         return logits
 
 

@@ -297,4 +297,19 @@ def test_what_cannot_be_measured_is_refused(
     assert "another vocabulary (259 tokens)" in cli(*words, "--against", other).error()
     overwrite(copy, "model.norm.weight", lambda array: array.fill(np.nan))
     said = cli("eval", copy, "--text", text).error()
-    assert f"{copy}: NaN or infinite logits; qcc eval --layers names the layer" in said
+    assert f"{copy}: NaN or infinite logits; qcc eval --against MODEL --layers names" in said
+
+
+def test_layers_tell_where_logits_that_are_no_numbers_come_from(
+    copy: Path, checkpoint: Any, cli: Any, text: Path
+) -> None:
+    """A scale that is NaN: no figures, but the weight's name."""
+
+    def spoil(scales: Any) -> None:
+        scales[5] = np.nan
+
+    overwrite(copy, "model.layers.1.self_attn.o_proj.q_scale", spoil)
+    words = ("eval", copy, "--against", checkpoint("llama"), "--text", text)
+    said = cli(*words, "--layers").error()
+    assert f"{copy}: NaN or infinite logits; kernels are right" in said
+    assert "WEIGHTS: model.layers.1.self_attn.o_proj.weight is off by nan" in said
