@@ -15,7 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `show`."""
     parser.add_argument("model", metavar="ARTIFACT|MODEL", help="artifact, checkpoint or hub id")
     parser.add_argument(
-        "--quant", default="q4f16_1", metavar="SCHEME", help="scheme to estimate a checkpoint with"
+        "--quant",
+        default=None,
+        metavar="SCHEME",
+        help="scheme to estimate a checkpoint with (default: as compile chooses it)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
@@ -72,18 +75,26 @@ def _artifact(folder: Path) -> dict[str, Any]:
     }
 
 
-def _checkpoint(model: str, quant: str) -> dict[str, Any]:
+def _checkpoint(model: str, quant: str | None) -> dict[str, Any]:
     """Facts of a checkpoint, and what its weights and KV cache would take with a scheme."""
     import dataclasses
     import math
+    from contextlib import nullcontext
 
     from qcc.compiler.build import weight_specs
-    from qcc.compiler.driver import DEFAULT_CHUNK, make_plan
+    from qcc.compiler.driver import DEFAULT_CHUNK, make_plan, open_checkpoint
     from qcc.compiler.options import CompileOptions
     from qcc.compiler.source import locate
     from qcc.runtime.artifact import tensor_bytes
+    from qcc.runtime.errors import QccError
 
-    plan = make_plan(locate(model), CompileOptions(quant=quant), DEFAULT_CHUNK)
+    source, options = locate(model), CompileOptions(quant=quant)
+    try:
+        checkpoint = open_checkpoint(source, options) if quant is None else None
+    except QccError:
+        checkpoint = None  # a config.json alone tells the sizes
+    with checkpoint or nullcontext():
+        plan = make_plan(source, options, DEFAULT_CHUNK, checkpoint)
     specs = weight_specs(plan)
     parts = [part for spec in specs for part in spec.stored]
     config = plan.config
