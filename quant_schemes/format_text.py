@@ -5,6 +5,7 @@ float                 not quantized
 4/64a                 asymmetric: a scale and a bias for each group
 3/16k  4/32k          asymmetric with two-level scales: of 6 bits from 4 bits and group 32 on,
                       else of 4; 2/32k6: of as many as named
+4/32s                 symmetric with two-level scales of either sign, which use all codes
 q8f16_1               as the linear layers of a shipped scheme without other rules
 """
 
@@ -20,7 +21,7 @@ from qcc.quant_schemes.format import MAX_GROUP, WeightFormat, float_format
 
 FORMAT_HELP = "FORMAT: bits/group as 4/32, 4/64a (asymmetric), 2/16k (two-level), 8/row; a uniform "
 FORMAT_HELP += "scheme as q8f16_1; or float"
-_TEXT = re.compile(r"(\d)/(\d{1,5}|row|tensor)(a|k\d?)?")
+_TEXT = re.compile(r"(\d)/(\d{1,5}|row|tensor)(a|[ks]\d?)?")
 _KEYS = {"bits", "group", "layout", "grid", "zero", "scale_bits", "dtype"}
 
 
@@ -56,8 +57,11 @@ def format_of_text(
     if group.isdigit():
         fields["group"] = int(group)
     if kind:
-        fields["grid"] = "asymmetric"
-        if kind[0] == "k":
+        if kind[0] == "s":
+            fields["zero"] = 2 ** (int(bits) - 1)
+        else:
+            fields["grid"] = "asymmetric"
+        if kind[0] in "ks":
             default = default_scale_bits(int(bits), int(group) if group.isdigit() else 0)
             fields["scale_bits"] = int(kind[1:] or default)
     return format_of_dict(fields, dtype, where)
@@ -126,5 +130,6 @@ def text_of(fmt: WeightFormat) -> str:
     if fmt.scale_bits is not None:
         assert isinstance(fmt.group, int)
         usual = fmt.scale_bits == default_scale_bits(fmt.bits, fmt.group)
-        kind = "k" if usual else f"k{fmt.scale_bits}"
+        letter = "k" if fmt.grid == "asymmetric" else "s"
+        kind = letter if usual else f"{letter}{fmt.scale_bits}"
     return f"{fmt.bits}/{fmt.group}{kind}"

@@ -113,7 +113,11 @@ def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
         help="text for imse, awq and gptq: a file, or sampled from the model (default: self)",
     )
     scheme.add_argument(
-        "--calib-tokens", type=int, default=None, metavar="N", help="tokens of it (default: 65536)"
+        "--calib-tokens",
+        type=int,
+        default=None,
+        metavar="N",
+        help="tokens of it (default: 65536; 16384 from 100M weights on)",
     )
     scheme.add_argument("--lora", default=None, metavar="DIR", help="PEFT adapter to merge first")
 

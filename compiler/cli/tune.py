@@ -19,7 +19,7 @@ qcc compile ./Llama-3.2-1B --quant tuned.yaml --method gptq -o ./llama-tuned
 qcc tune ./Llama-3.2-1B --target-bytes 600M --calib mytext.txt -o tuned.yaml
 qcc tune ./Llama-3.2-1B --target-bpw 3.5 --embedding 8/32 -o tuned.yaml
 """
-FORMATS = "2/32k,2/16k,3/32k,3/16k,4/32k4,4/32k,4/16k,5/32k,6/32k,8/row,8/32"
+FORMATS = "2/16s,2/16k,3/16s,3/16k,4/32s,4/32k,4/16k,5/32s,5/32k,6/32s,6/32k,8/row,8/32"
 SMALL = 200_000_000  # weights; below, every pair of weight and format is measured, and the curve
 PROBES = 3  # formats measured of a larger model
 TOKENS = 2048
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--formats",
         default=FORMATS,
         metavar="F,F,...",
-        help="candidates, each bits/group as compile takes it",
+        help="candidates, each bits/group as compile takes it (default: %(default)s)",
     )
     parser.add_argument("--embedding", metavar="FORMAT", help="fixed, not tuned")
     parser.add_argument("--lm-head", metavar="FORMAT", help="fixed, not tuned")
