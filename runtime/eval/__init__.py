@@ -5,6 +5,6 @@ In the order in which data passes:
   figures.py    logits of a reference and of ours into KL divergence, perplexity, same top-1
   saved.py      both sides into an .npz file
   report.py     the figures of one or several artifacts, as text and as JSON
-  plots.py      SVG pictures of them     style.py  the look of
-  html.py       parts of a page          page.py   one self-contained HTML page
+  plots.py      SVG pictures of them      style.py  the look of a page
+  html.py       parts of a page           page.py   one self-contained HTML page
 """
