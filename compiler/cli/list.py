@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcc.quant_schemes.scheme import Scheme
 
 HELP = "list the models, schemes, methods or targets there are"
 EXAMPLE = """
@@ -46,30 +49,57 @@ def models() -> list[dict[str, Any]]:
     ]
 
 
-def schemes() -> list[dict[str, Any]]:
-    """The shipped schemes; bits are stored bits a weight, scales included."""
-    import yaml
+# The linear weights of a layer of Llama-3.2-1B, [n, k], and what they are fused as.
+LAYERS, HIDDEN, VOCABULARY = 16, 2048, 128256
+LAYER = {
+    "self_attn.q_proj": (2048, HIDDEN, "self_attn.qkv_proj"),
+    "self_attn.k_proj": (512, HIDDEN, "self_attn.qkv_proj"),
+    "self_attn.v_proj": (512, HIDDEN, "self_attn.qkv_proj"),
+    "self_attn.o_proj": (HIDDEN, 2048, None),
+    "mlp.gate_proj": (8192, HIDDEN, "mlp.gate_up_proj"),
+    "mlp.up_proj": (8192, HIDDEN, "mlp.gate_up_proj"),
+    "mlp.down_proj": (HIDDEN, 8192, None),
+}
 
-    from qcc.quant_schemes.scheme import SCHEME_DIR, list_schemes, load_scheme
+
+def schemes() -> list[dict[str, Any]]:
+    """The shipped schemes; bits are stored bits a weight of Llama-3.2-1B, scales included."""
+    from qcc.quant_schemes.format_text import text_of
+    from qcc.quant_schemes.scheme import list_schemes, load_scheme
 
     rows = []
-    for name in list_schemes():
-        scheme = load_scheme(name)
-        text = yaml.safe_load((SCHEME_DIR / f"{name}.yaml").read_text(encoding="utf-8"))
-        linear = scheme.format_of("*.weight", role="linear")
+    for scheme in map(load_scheme, list_schemes()):
+        table = (VOCABULARY, HIDDEN)
+        usual = scheme.rules[-1][1]
+        others = dict.fromkeys(text_of(fmt) for _, fmt in scheme.rules[:-1] if fmt != usual)
+        formats = "+".join([text_of(usual), *others])
         rows.append(
             {
-                "scheme": name,
-                "linear bits": linear.bits_per_weight(),
-                "embedding bits": scheme.embedding.bits_per_weight(),
-                "lm_head bits": scheme.lm_head.bits_per_weight(),
-                "group": linear.group,
-                "layout": None if linear.is_float else linear.layout,
-                "scales": scheme.dtype,
-                "description": text.get("description", ""),
+                "scheme": scheme.name,
+                "bits": _linear_bits(scheme),
+                "embedding": scheme.embedding.bits_per_weight(*table),
+                "lm_head": scheme.lm_head.bits_per_weight(*table),
+                "format": formats if usual.is_float else f"{formats} {usual.layout}",
+                "dtype": scheme.dtype,
+                "method": scheme.method,
+                "inputs": scheme.activations,
+                "description": scheme.description,
             }
         )
     return rows
+
+
+def _linear_bits(scheme: Scheme) -> float:
+    """Bits a weight of all linear weights; each layer has its names, which rules may tell apart."""
+    bits = weights = 0.0
+    for layer in range(LAYERS):
+        for name, (n, k, fused) in LAYER.items():
+            whole = f"model.layers.{layer}.{fused}.weight" if fused else None
+            fmt = scheme.format_of(
+                f"model.layers.{layer}.{name}.weight", role="linear", fused=whole
+            )
+            bits, weights = bits + fmt.bits_per_weight(n, k) * n * k, weights + n * k
+    return bits / weights
 
 
 def targets() -> list[dict[str, Any]]:

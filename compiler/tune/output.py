@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from qcc.compiler.tune.search import Point, Tuning
+from qcc.compiler.tune.search import Tuning
 from qcc.quant_schemes.format import WeightFormat
 from qcc.quant_schemes.format_text import text_of
 from qcc.quant_schemes.scheme import Scheme
@@ -72,14 +72,8 @@ def lines(tuning: Tuning) -> Iterator[str]:
         mark = "  <- chosen" if point == tuning.chosen else ""
         yield (
             f"  {tuning.bits_per_weight(point):13.3f}  {point.divergence:9.5f}  "
-            f"{point.predicted:9.5f}  {label(tuning, point)}{mark}"
+            f"{point.predicted:9.5f}  {point.label}{mark}"
         )
-
-
-def label(tuning: Tuning, point: Point) -> str:
-    """ "uniform 4/32k", or "tuned"."""
-    uniform = len(set(point.picks)) == 1
-    return f"uniform {text_of(tuning.formats[point.picks[0]])}" if uniform else "tuned"
 
 
 def page(tuning: Tuning, title: str, about: str) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from qcc.compiler.tune.allocate import allocate
 from qcc.compiler.tune.effects import Effect, Model, Progress, Unit, stored_bits
 from qcc.quant_schemes.format import WeightFormat
+from qcc.quant_schemes.format_text import text_of
 from qcc.quant_schemes.packing import Array, Quantized, dequantize_codes
 from qcc.runtime.errors import QccError
 
@@ -106,7 +107,7 @@ def tune(
     for index, fmt in enumerate(formats):
         picks = (index,) * len(units)
         if curve or sum(stored_bits(fmt, unit.shape) for unit in units) <= budget:
-            plans[picks] = f"uniform {fmt}"
+            plans[picks] = f"uniform {text_of(fmt)}"
     for size in sorted(wanted):
         picked = allocate(choices, size)
         if picked is not None:

@@ -66,7 +66,8 @@ def test_help_of_a_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     for action in parser._actions:
         assert action.help, f"{verb}: {action.dest} has no help"
         if action.option_strings and action.default not in (None, False, argparse.SUPPRESS, [], ()):
-            assert str(action.default) in shown
+            # A long default is wrapped at its hyphens or within.
+            assert str(action.default).replace(" ", "") in shown.replace(" ", "")
         for choice in action.choices or ():
             assert str(choice) in shown
     lines = module.EXAMPLE.strip().splitlines()
@@ -174,15 +175,51 @@ def listed(what: str, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]
     return rows
 
 
+# Weights of a layer of Llama-3.2-1B: (rows, columns) of q, k, v, o, gate, up, down.
+LLAMA_1B = {
+    "qkogu": 2 * 2048 * 2048 + 512 * 2048 + 2 * 8192 * 2048,
+    "v": 512 * 2048,
+    "o": 2048 * 2048,
+    "down": 2048 * 8192,
+}
+ALL = LLAMA_1B["qkogu"] + LLAMA_1B["v"] + LLAMA_1B["down"]
+# A row of 2048 in groups of 40 has 52 of them, of 4 words and a scale; one of 8192 has 205.
+SPARSE = [52 * (4 * 32 + 16) / 2048, 205 * (4 * 32 + 16) / 8192]
+BITS = {
+    "q0f32": 32,
+    "q4f16_1": 4 + 16 / 32,
+    "q4f32_1": 4 + 32 / 32,
+    "q4f16_a128": 4 + 2 * 16 / 128,
+    "q4f16_k": 4 + 2 * 6 / 32 + 2 * 16 / 256,
+    "q2f16_k": 2 + 2 * 4 / 16 + 2 * 16 / 256,
+    "q3f16_1": (SPARSE[0] * (ALL - LLAMA_1B["down"]) + SPARSE[1] * LLAMA_1B["down"]) / ALL,
+    "q8f16_c": 8 + 16 * (ALL / 2048 - LLAMA_1B["down"] / 2048 + 2048) / ALL,
+    "q4f16_km": 4.5 + (LLAMA_1B["v"] + LLAMA_1B["down"]) / ALL,
+    "q3f16_km": 3.625 + (4.5 - 3.625) * (LLAMA_1B["v"] + LLAMA_1B["o"] + LLAMA_1B["down"]) / ALL,
+}
+
+
 def test_list_schemes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Bits a weight count the scales: 4 + 16/32, and a 3-bit word holds 10 codes in 32 bits."""
+    """Bits a weight of all of Llama-3.2-1B's linear weights, scales, tails and rules included."""
     rows = {row["scheme"]: row for row in listed("schemes", capsys)}
-    bits = ("linear bits", "embedding bits", "lm_head bits")
-    assert [rows["q4f16_1"][key] for key in bits] == [4.5, 4.5, 4.5]
-    assert [rows["q4f16_2"][key] for key in bits] == [4.5, 16, 16]
-    assert rows["q3f16_1"]["linear bits"] == pytest.approx(3.2 + 16 / 40)
-    assert rows["q0f32"]["linear bits"] == 32
-    assert rows["q3f16_0"]["layout"] == "KN"
+    assert {name: rows[name]["bits"] for name in BITS} == pytest.approx(BITS, rel=1e-12)
+    tables = {name: [rows[name][key] for key in ("embedding", "lm_head")] for name in rows}
+    assert tables["q4f16_1"] == [4.5, 4.5] and tables["q4f16_2"] == [16, 16]
+    assert tables["q4f16_a64"] == [8 + 16 / 64, 4 + 32 / 64]
+    assert tables["q8f16_c"] == [8 + 16 / 2048] * 2
+    assert rows["q3f16_0"]["format"] == "3/40 KN" and rows["q0f16"]["format"] == "float"
+    assert rows["q3f16_km"]["format"] == "3/16k+4/32k NK"
+    assert rows["q4bf16_1"]["dtype"] == "bfloat16" and rows["q8f16_c_a8"]["inputs"] == "dynamic"
+    assert rows["q4f16_1"]["method"] == "rtn" and rows["q4f16_k"]["method"] == "mse"
+
+
+def test_list_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    """What there is, and which of them reads text."""
+    rows = {row["method"]: row for row in listed("methods", capsys)}
+    text = {name: row["text"] for name, row in rows.items()}
+    with_text = dict.fromkeys(("awq", "gptq", "imse"), "yes")
+    assert text == with_text | dict.fromkeys(("hqq", "mse", "rtn"), "no")
+    assert all(row["about"] for row in rows.values())
 
 
 def test_list_models_and_targets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +237,7 @@ def test_tables_align_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     header, *rows = capsys.readouterr().out.rstrip("\n").split("\n")
     column = header.index("description")
     assert len(rows) == len(listed("schemes", capsys))
+    assert max(map(len, [header, *rows])) <= 160
     assert all(row[column - 1] == " " and row[column] != " " for row in rows)
 
 
