@@ -21,7 +21,7 @@ from qcc.quant_schemes.format import MAX_GROUP, WeightFormat, float_format
 
 FORMAT_HELP = "FORMAT: bits/group as 4/32, 4/64a (asymmetric), 2/16k (two-level), 8/row; a uniform "
 FORMAT_HELP += "scheme as q8f16_1; or float"
-_TEXT = re.compile(r"(\d)/(\d{1,5}|row|tensor)(a|[ks]\d?)?")
+_TEXT = re.compile(r"(\d)/(\d{1,5}|row|tensor)(a|[ks]\d?)?", re.ASCII)
 _KEYS = {"bits", "group", "layout", "grid", "zero", "scale_bits", "dtype"}
 
 

@@ -20,6 +20,7 @@ from qcc.quant_schemes.rounding.method import Inputs, Method
 STEPS = 20  # steps tried around that which spans the whole range
 SPREAD = {2: 0.7, 3: 0.5}  # how far below the range steps go, as a share; other bits: LEAST
 LEAST = 0.3
+TINY = np.finfo(np.float32).tiny  # the reciprocal of less overflows
 CHUNK = 1 << 16  # numbers at a time: the arrays of a search stay in the processor's cache
 
 
@@ -43,14 +44,17 @@ def search_grid(weights: Array, fmt: WeightFormat, importance: Array | None) -> 
     h = np.pad(valued, ((0, 0), (0, groups * size - k))).reshape(1, groups, size)
     if fmt.group == "tensor":
         w, h = weights.reshape(1, 1, -1), np.broadcast_to(valued, (n, k)).reshape(1, 1, -1)
-        return grid.stored(*_fit(w, np.ascontiguousarray(h), fmt), fmt)
+        h = np.ascontiguousarray(h)
+        return _or_range(w, h, grid.stored(*_fit(w, h, fmt), fmt), fmt)
     made = []
     rows = max(1, CHUNK // (groups * size))
     for at in range(0, n, rows):
         w = grid.grouped(weights[at : at + rows], fmt)
         scale, bias = _fit(w, h, fmt)
         found = grid.stored(scale, bias, fmt)
-        made.append(_neighbours(w, h, found, fmt) if fmt.two_level else found)
+        if fmt.two_level:
+            found = _neighbours(w, h, found, fmt)
+        made.append(_or_range(w, h, found, fmt))
     return Grid.concatenate(made)
 
 
@@ -105,6 +109,9 @@ def _fit_affine(w: Array, h: Array, fmt: WeightFormat) -> tuple[Array, Array]:
                 above = b > 0
                 b = np.minimum(b, 0)
                 s = np.where(above, swq / np.maximum(sqq, np.float32(1e-30)), s)
+        if fmt.grid == "zero_point":
+            z = np.rint(-b / np.where(s == 0, 1, s))
+            b = -np.clip(z, 0, fmt.top_code) * s
         q = _codes(w, s, b, 0, fmt.top_code)
         _keep(best, _error(w, h, q, s, b), scale, s, bias, b)
     return scale, bias
@@ -116,8 +123,8 @@ def _shares(fmt: WeightFormat) -> Array:
 
 
 def _codes(w: Array, s: Array, b: Array | float, zero: int, top: int) -> Array:
-    """Nearest codes of groups, f32; a step of 0 gives the code of 0."""
-    inverse = 1 / np.where(s == 0, 1, s)
+    """Nearest codes of groups, f32; steps next to 0 give the code of 0."""
+    inverse = 1 / np.where(np.abs(s) < TINY, 1, s)
     q = w * inverse[..., None]
     if zero:
         q += zero
@@ -145,6 +152,26 @@ def _keep(best: Array, error: Array, *pairs: Any) -> None:
     best[less] = error[less]
     for kept, new in zip(pairs[::2], pairs[1::2], strict=True):
         kept[less] = new[less]
+
+
+def _or_range(w: Array, h: Array, found: Grid, fmt: WeightFormat) -> Grid:
+    """`found`, or the grid of the range where that has the lower error, both as stored."""
+    spanned = grid.of_range(w.min(axis=2), w.max(axis=2), fmt)
+    zero = fmt.zero_code if fmt.grid == "symmetric" else 0
+    errors = []
+    for each in (found, spanned):
+        with np.errstate(over="ignore", invalid="ignore"):  # of scales that f16 cannot hold
+            s, b = each.numbers(fmt)
+            errors.append(_error(w, h, _codes(w, s, b, zero, fmt.top_code), s, b))
+    if fmt.two_level:  # groups share their block's scale
+        return found.rows(~(errors[1].sum(axis=1) < errors[0].sum(axis=1)), spanned)
+    better = errors[1] < errors[0]
+
+    def pick(mine: Array | None, its: Array | None) -> Array | None:
+        return None if mine is None or its is None else np.where(better, its, mine)
+
+    return Grid(np.where(better, spanned.scale, found.scale), pick(found.bias, spanned.bias),
+                pick(found.zero, spanned.zero))  # fmt: skip
 
 
 def _neighbours(w: Array, h: Array, found: Grid, fmt: WeightFormat) -> Grid:
