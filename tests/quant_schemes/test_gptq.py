@@ -126,7 +126,7 @@ def test_rounds_lower_the_error_of_the_output(
         found = read(find_method("gptq").quantize(w, fmt, inputs), fmt)
         errors.append(output_error(exact, found, damped))
     assert errors[0] >= errors[1] * (1 - 1e-5) and errors[1] >= errors[2] * (1 - 1e-5)
-    if fmt.group != "tensor":
+    if fmt.group != "tensor" and fmt.bits < 8:
         assert errors[2] < 0.98 * errors[0]
     plain = [
         output_error(exact, read(find_method(name).quantize(w, fmt, None), fmt), damped)
