@@ -33,7 +33,9 @@ class Plan:
 def weight_specs(plan: Plan) -> tuple[WeightSpec, ...]:
     """Every weight of the model in parameter order, with sources and formats.
 
-    A fused weight whose sources have different formats is stored as these sources.
+    A fused weight whose sources have different formats is stored as these sources. Where a scheme
+    rounds activations with static scales, each quantized linear layer and lm_head stores its own; a
+    table that is the embedding as well has none, and multiplies with x as it is.
 
     Raises:
         SchemeError: a rule of the scheme matches nothing that it could quantize.
@@ -58,7 +60,14 @@ def weight_specs(plan: Plan) -> tuple[WeightSpec, ...]:
         for source, fmt in zip(made.sources, formats, strict=True):
             specs.append(WeightSpec(source.name, source.shape, fmt, (source,), None, role, name))
     scheme.check(names)
-    return tuple(specs)
+    if scheme.activations != "static":
+        return tuple(specs)
+    return tuple(
+        dataclasses.replace(spec, input_scale=True)
+        if spec.role in ("linear", "lm_head") and not spec.format.is_float
+        else spec
+        for spec in specs
+    )
 
 
 def kv_cache_config(plan: Plan, dtype: str) -> KVCacheConfig:
@@ -104,7 +113,7 @@ def quantized_module(
     kv = kv_cache_config(plan, dtype)
     passes = pipeline.front_end(
         QuantizeWeights(specs, dtype),
-        QuantizeActivations(plan.scheme.activations),
+        QuantizeActivations(plan.scheme.activations, specs),
         AttachKVCache(kv, spec.kv_kernels(kv, target)),
         AttachSampling(plan.config.vocab_size, plan.sizes.max_batch_size),
         AttachLogitProcessing(plan.config.vocab_size),

@@ -21,7 +21,7 @@ from qcc.compiler.options import Calibration
 from qcc.compiler.steps import Steps, duration
 from qcc.compiler.weights.checkpoint import Checkpoint
 from qcc.compiler.weights.convert import Given
-from qcc.compiler.weights.spec import WeightSpec
+from qcc.compiler.weights.spec import INPUT_SCALE, WeightSpec
 from qcc.quant_schemes.packing import Array
 from qcc.quant_schemes.rounding.method import Method, find_method
 from qcc.runtime.files import cache_dir
@@ -58,7 +58,7 @@ def choose_codes(
     max_positions: int,
     steps: Steps,
 ) -> Codes:
-    """Run the calibration that a method needs, if any.
+    """Run the calibration that a method needs, or the scales of inputs, if any.
 
     Args:
         name: of the method.
@@ -77,7 +77,8 @@ def choose_codes(
     def imported(spec: WeightSpec) -> Mapping[str, Array] | None:
         return imported_parts(checkpoint, spec)
 
-    if not method.needs_text or all(spec.format.is_float for spec in specs):
+    scaled = any(spec.input_scale for spec in specs)
+    if not scaled and (not method.needs_text or all(spec.format.is_float for spec in specs)):
         return Codes(method, imported)
     from qcc.compiler.calibrate.text import text_of_file, text_of_model
 
@@ -123,9 +124,19 @@ def choose_codes(
             checkpoint=checkpoint,
             original=method.original,
         )
+
+    def given(spec: WeightSpec) -> Mapping[str, Array] | None:
+        parts = calibrated(spec)
+        if parts is not None and method.needs_text:
+            return parts
+        kept = imported(spec)
+        if parts is None or kept is None:
+            return parts or kept
+        return {**kept, INPUT_SCALE: parts[INPUT_SCALE]}
+
     return Codes(
-        find_method(WITHOUT_TEXT),
-        lambda spec: calibrated(spec) or imported(spec),
+        find_method(WITHOUT_TEXT) if method.needs_text else method,
+        given,
         {"name": text.name, "sha256": text.sha256, "tokens": text.tokens},
         work,
     )
@@ -133,7 +144,7 @@ def choose_codes(
 
 def _key(method: str, specs: Sequence[WeightSpec], source: str, text: str) -> str:
     """The name of the folder of finished weights: all that decides their numbers."""
-    formats = [(spec.name, spec.format.as_dict()) for spec in specs]
+    formats = [(spec.name, spec.format.as_dict(), spec.input_scale) for spec in specs]
     version = importlib.metadata.version("qcc")
     told = json.dumps([version, source, method, text, formats], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:32]

@@ -21,7 +21,7 @@ from qcc.compiler.models import find_architecture
 from qcc.compiler.reference import Original
 from qcc.compiler.sizes import Sizes
 from qcc.compiler.weights.checkpoint import Checkpoint
-from qcc.compiler.weights.spec import WeightSpec
+from qcc.compiler.weights.spec import INPUT_SCALE, WeightSpec
 from qcc.quant_schemes.errors import SchemeError
 from qcc.quant_schemes.format import WeightFormat, float_format
 from qcc.quant_schemes.packing import dequantize, in_layout
@@ -128,7 +128,7 @@ class StoredWeights:
         if spec.format.is_float:
             return {"weight": self.artifact.read(spec.name)}
         suffixes = [part.suffix for part in spec.format.stored(*spec.shape)]
-        arrays = [self.artifact.read(part.name) for part in spec.stored]
+        arrays = [self.artifact.read(part.name) for part in spec.numbers]
         return {
             suffix: in_layout(array, spec.format)
             for suffix, array in zip(suffixes, arrays, strict=True)
@@ -151,7 +151,13 @@ def plan_of(artifact: Artifact, source: Path) -> Plan:
     architecture = find_architecture(raw, str(where))
     config = architecture.config(raw, str(where))
     found = _formats(artifact)
-    dtype = next((r.dtype for r in artifact.records.values() if len(r.shape) == 1), "float16")
+    # Norms and biases have it; scales of inputs are always f32.
+    vectors = (
+        record.dtype
+        for name, record in artifact.records.items()
+        if len(record.shape) == 1 and not name.endswith(INPUT_SCALE)
+    )
+    dtype = next(vectors, "float16")
     embedding = found.pop(architecture.embedding, float_format(dtype))
     lm_head = found.pop(architecture.lm_head, embedding)
     manifest = artifact.manifest

@@ -1,7 +1,7 @@
 """Attributes by which PrimFuncs say what they are: the compiler sets them, targets decide on them.
 
 `qcc.role`    dequantize (stored parts -> weight), dequantize_rows (stored parts, ids -> rows),
-              quantize_activation (x -> x rounded to int8 codes times their scales),
+              quantize_activation (x, or x and its scale -> x rounded to int8 codes times scales),
               repack (stored part -> a kernel's layout), linear, table_rows, or the name of a
               function that clients call
 `qcc.format`  WeightFormat.as_dict() of what a dequantize function reads

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from qcc.compiler.calibrate.libraries import torch
 from qcc.quant_schemes.packing import Array
@@ -12,6 +15,7 @@ from qcc.quant_schemes.rounding.method import Inputs
 from qcc.runtime.errors import QccError
 
 Run = Callable[[], object]
+TOP = 127  # the largest code of an input
 
 
 class _ReachedError(Exception):
@@ -65,16 +69,18 @@ def input_of(module: Any, run: Run) -> Any:
 
 
 class Moments:
-    """Sums over inputs x[k], which become the means of `Inputs`.
+    """The largest |x| of inputs x[k], and sums over them, which become the means of `Inputs`.
 
     Products of a batch are summed in f32, as a matrix product; a batch's sums of x^2 and |x| too,
     those of all batches in f64.
     """
 
-    def __init__(self, name: str) -> None:
-        """Begin with no inputs; `name` is the layer's, for errors."""
+    def __init__(self, name: str, sums: bool = True) -> None:
+        """Begin with no inputs; `name` is the layer's, for errors; `sums` False: `largest` only."""
         self.name = name
         self.count = 0
+        self.largest = 0.0
+        self._summed = sums
         self._sums: Any = None
 
     def add(self, x: Any, original: Any = None) -> None:
@@ -83,6 +89,13 @@ class Moments:
         Raises:
             QccError: NaN or infinite.
         """
+        largest = float(x.abs().max())  # NaN where there is one
+        if not math.isfinite(largest):
+            raise self._not_finite()
+        self.largest = max(self.largest, largest)
+        self.count += len(x)
+        if not self._summed:
+            return
         if self._sums is None:
             k = x.shape[1]
             matrix = torch.zeros((k, k), device=x.device)
@@ -92,15 +105,21 @@ class Moments:
         matrix, vectors, cross = self._sums
         sums = torch.stack([(x * x).sum(0), x.abs().sum(0)])
         if not torch.isfinite(sums).all():
-            raise QccError(
-                f"{self.name}: its inputs are NaN or infinite on the calibration text; the "
-                "checkpoint is damaged, or its numbers are beyond float32"
-            )
+            raise self._not_finite()
         vectors += sums
         matrix.addmm_(x.T, x)
         if cross is not None:
             cross.addmm_(x.T, original)
-        self.count += len(x)
+
+    def _not_finite(self) -> QccError:
+        return QccError(
+            f"{self.name}: its inputs are NaN or infinite on the calibration text; the "
+            "checkpoint is damaged, or its numbers are beyond float32"
+        )
+
+    def scale(self) -> Array:
+        """f32[1]: the scale of int8 codes that reach up to the largest."""
+        return np.array([np.float32(self.largest) / np.float32(TOP)], np.float32)
 
     def inputs(self) -> Inputs:
         """The means."""

@@ -2,7 +2,9 @@
 
 The inputs of a layer are those that the quantized layers before it make. Within a layer, weights
 are quantized in the order in which they run: o_proj sees what quantized q, k and v make of the
-text. The embedding, and a head tied to it, are left to the converter.
+text. The embedding, and a head tied to it, are left to the converter. A method that needs no text
+is told of no inputs: then only their largest numbers are gathered, for weights that store the scale
+of their inputs (`WeightSpec.input_scale`). These inputs are not rounded themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from qcc.compiler.calibrate.matrices import matrix_of, sources_from
 from qcc.compiler.calibrate.parts import Parts
 from qcc.compiler.calibrate.streams import Streams
 from qcc.compiler.weights.checkpoint import Checkpoint
-from qcc.compiler.weights.spec import WeightSpec
+from qcc.compiler.weights.spec import INPUT_SCALE, WeightSpec
 from qcc.quant_schemes.packing import Array, dequantize, dequantize_codes, float_dtype, store
 from qcc.quant_schemes.rounding.method import Inputs, Method
 from qcc.runtime.errors import QccError
@@ -158,9 +160,10 @@ class _Calibration:
             for spec in together:
                 apart = set(self._modules_of(spec)) - set(group)
                 assert not apart, f"{spec.name}: {apart} have inputs of their own"
-            inputs = streams.inputs(group[0])
+            moments = streams.moments(group[0], self.method.needs_text)
+            inputs = moments.inputs() if self.method.needs_text else None
             for spec in together:
-                self._quantize_weight(spec, inputs)
+                self._quantize_weight(spec, inputs, moments.scale())
             done += together
         return done
 
@@ -178,7 +181,7 @@ class _Calibration:
             if not users:
                 continue
             matrices = [matrix_of(spec, self._read) for spec in users]
-            inputs = streams.inputs(fold.modules[0])
+            inputs = streams.moments(fold.modules[0]).inputs()
             factors = self.method.scales(matrices, [spec.format for spec in users], inputs)
             scales = torch.from_numpy(factors).to(model.device)
             if fold.apply(model, scales, run):
@@ -193,7 +196,8 @@ class _Calibration:
                 stored.append(spec)
         return stored
 
-    def _quantize_weight(self, spec: WeightSpec, inputs: Inputs) -> None:
+    def _quantize_weight(self, spec: WeightSpec, inputs: Inputs | None, scale: Array) -> None:
+        """Choose codes; `scale` f32[1] is that of the inputs, stored where the weight wants it."""
         quantized = self.method.quantize(matrix_of(spec, self._read), spec.format, inputs)
         numbers = dequantize_codes(quantized, spec.format)
         if not np.isfinite(numbers).all():
@@ -201,7 +205,10 @@ class _Calibration:
                 f"{spec.name}: a scale is beyond the range of {spec.format.dtype} (65504); choose "
                 "a scheme whose name says bf16 or f32, as q4f32_1"
             )
-        self.parts.save(spec, store(quantized, spec.format))
+        parts = store(quantized, spec.format)
+        if spec.input_scale:
+            parts[INPUT_SCALE] = scale
+        self.parts.save(spec, parts)
         self._set(spec, numbers)
         self._tell(spec)
 

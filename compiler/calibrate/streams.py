@@ -13,7 +13,6 @@ from typing import Any
 from qcc.compiler.calibrate.inputs import Moments, input_of, shared_inputs
 from qcc.compiler.calibrate.layers import LayerwiseModel
 from qcc.compiler.calibrate.states import Hidden
-from qcc.quant_schemes.rounding.method import Inputs
 
 PROBE = 8  # tokens that show which weights share an input
 
@@ -68,9 +67,9 @@ class Streams:
         named = {name: self.model.model.get_submodule(name) for name in modules}
         return shared_inputs(lambda: self.run(self.probe()), named)
 
-    def inputs(self, module: str) -> Inputs:
-        """The moments of a module's inputs over the whole text."""
-        moments = Moments(module)
+    def moments(self, module: str, sums: bool = True) -> Moments:
+        """The moments of a module's inputs over the whole text; see `Moments`."""
+        moments = Moments(module, sums)
         for index in range(len(self.hidden.blocks)):
             x = self._input(module, self.hidden, index)
             if self.beside is None:
@@ -78,7 +77,7 @@ class Streams:
                 continue
             with self.original_weights():
                 moments.add(x, self._input(module, self.beside, index))
-        return moments.inputs()
+        return moments
 
     def _input(self, module: str, hidden: Hidden, index: int) -> Any:
         """A module's inputs f32[m, k] for one batch, padding left out."""

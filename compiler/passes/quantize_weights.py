@@ -15,7 +15,8 @@ After:   a, b = call_tir(dequantize, (packed[0], packed[1])), packed[2]
          y = concat((matmul(x, permute_dims(a)), matmul(x, permute_dims(b))))
 
 A floating weight stored in another dtype than the graph computes in goes through the same two
-functions (a cast is its dequantize); other floating parameters are cast. The PrimFuncs carry
+functions (a cast is its dequantize); other floating parameters are cast. The scale of a layer's
+inputs (`WeightSpec.input_scale`) is not touched: QuantizeActivations uses it. The PrimFuncs carry
 `qcc.role` and `qcc.format`: targets decide on these, and the module stays executable everywhere.
 """
 
@@ -184,7 +185,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         start = self.first[index]
         return [
             self.builder_.emit(rx.TupleGetItem(self.new_packed, start + i), part.name)
-            for i, part in enumerate(self.specs[index].stored)
+            for i, part in enumerate(self.specs[index].numbers)
         ]
 
     def _weight(self, index: int) -> rx.Expr:

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from qcc.compiler.weights import kernels
 from qcc.compiler.weights.checkpoint import ITEMSIZE, Checkpoint
 from qcc.compiler.weights.shards import ShardWriter
-from qcc.compiler.weights.spec import WeightSpec
+from qcc.compiler.weights.spec import INPUT_SCALE, WeightSpec
 from qcc.quant_schemes.packing import in_layout, store
 from qcc.quant_schemes.rounding import rtn
 from qcc.quant_schemes.rounding.method import Method
@@ -91,7 +91,7 @@ def convert_weights(
 
     Raises:
         QccError: a tensor is missing, unused, of a wrong shape or dtype, NaN or infinite, or out of
-            the range of its format; the disk is full.
+            the range of its format; a scale of inputs is not given; the disk is full.
     """
     check_weights(checkpoint, specs, ignored)
     total = sum(_source_bytes(checkpoint, spec) for spec in specs)
@@ -230,6 +230,11 @@ def _blocks(
 ) -> Iterator[_Block]:
     for spec in specs:
         parts = given(spec) if given is not None else None
+        if spec.input_scale and INPUT_SCALE not in (parts or {}):
+            raise QccError(
+                f"{spec.name}: a scheme with activations: static needs the scale of its inputs, "
+                "which no calibration text has told; use a scheme with activations: dynamic"
+            )
         if parts is not None:
             yield _given_block(checkpoint, spec, parts)
             continue
@@ -244,6 +249,7 @@ def _given_block(checkpoint: Checkpoint, spec: WeightSpec, parts: Mapping[str, A
         rows = [parts["weight"]]
     else:
         suffixes = [part.suffix for part in spec.format.stored(*spec.shape)]
+        suffixes += [INPUT_SCALE] if spec.input_scale else []
         rows = [in_layout(parts[suffix], spec.format) for suffix in suffixes]
     for stored, part in zip(spec.stored, rows, strict=True):
         assert part.dtype.name == stored.dtype, f"{stored.name}: given as {part.dtype}"

@@ -12,6 +12,7 @@ from typing import Any
 from qcc.quant_schemes.format import WeightFormat
 
 Transform = Callable[[Any], Any]
+INPUT_SCALE = "q_input_scale"  # suffix of its stored tensor
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class WeightSpec:
     array of shape `shape`, a permutation of elements) is applied where there is one. Where the
     sources of a model's parameter are stored apart, in formats of their own, each is a WeightSpec
     and `fused` is the parameter's name; they follow one another.
+
+    `input_scale`: what a quantized weight is multiplied with is rounded to int8 with one scale,
+    float32[1], that is stored beside it: the largest |x| on calibration text / 127.
     """
 
     name: str
@@ -48,10 +52,20 @@ class WeightSpec:
     transform: Transform | None = None
     role: str = "linear"
     fused: str | None = None
+    input_scale: bool = False
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
         """The tensors that the artifact holds for this weight, in parameter order."""
+        if not self.input_scale:
+            return self.numbers
+        assert not self.format.is_float, f"{self.name} is multiplied with what is not rounded"
+        name = self.name.removesuffix("weight") + INPUT_SCALE
+        return (*self.numbers, StoredTensor(name, (1,), "float32"))
+
+    @property
+    def numbers(self) -> tuple[StoredTensor, ...]:
+        """Those of them that the weight's own numbers are made of: the parts of its format."""
         if self.format.is_float:
             return (StoredTensor(self.name, self.shape, self.format.dtype),)
         prefix = self.name.removesuffix("weight")
