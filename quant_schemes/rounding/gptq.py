@@ -69,39 +69,46 @@ def _torch() -> Any:
 
 
 class _State:
-    """A weight under way: its target, its codes and its grid, as torch tensors [n, ...]."""
+    """A weight under way: its target and codes f32[k, n], its grid f32[groups, n], in torch.
+
+    Columns first, so that what one step touches lies together.
+    """
 
     def __init__(
         self, torch: Any, target: Tensor, found: Grid, fmt: WeightFormat, hessian: Tensor
     ) -> None:
-        self.torch, self.target, self.fmt, self.found = torch, target, fmt, found
-        self.hessian = hessian
-        self.n, self.k = target.shape
+        self.torch, self.fmt, self.found, self.hessian = torch, fmt, found, hessian
+        self.target = target.T.contiguous()
+        self.k, self.n = self.target.shape
         self.size = fmt.group_size(self.k)
         self.affine = fmt.grid == "asymmetric"
-        self.codes = torch.zeros_like(target)
-        self.scale, self.bias = (self._tensor(x).clone() for x in found.numbers(fmt))
+        self.codes = torch.zeros_like(self.target)
+        self.scale, self.bias = (
+            self._tensor(x).expand(-1, self.n).clone() for x in found.numbers(fmt)
+        )
         if fmt.two_level:
             assert isinstance(fmt.group, int)
             each = BLOCK // fmt.group
 
             def of_groups(blocks: Array | None) -> Tensor:
-                wide = self._tensor(np.asarray(blocks, np.float32)).repeat_interleave(each, 1)
-                return wide[:, : self.scale.shape[1]]
+                assert blocks is not None
+                return self._tensor(blocks).repeat_interleave(each, 0)[: len(self.scale)]
 
             self.unit = of_groups(found.block_scale)
             if self.affine:
                 self.bias_unit = of_groups(found.block_bias)
 
     def _tensor(self, array: Array) -> Tensor:
-        return self.torch.from_numpy(np.array(array, np.float32)).to(self.target.device)
+        """f32 of an array, its axes exchanged."""
+        columns = np.ascontiguousarray(array.astype(np.float32).T)
+        return self.torch.from_numpy(columns).to(self.target.device)
 
-    def _nearest(self, w: Tensor, group: Tensor | int) -> tuple[Tensor, Tensor]:
+    def _nearest(self, w: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """(codes, their weights), f32[n], of one column."""
-        scale, bias = self.scale[:, group], self.bias[:, group]
+        scale, bias = self.scale[group], self.bias[group]
         q = ((w - bias) / self.torch.where(scale == 0, 1, scale)).round_()
         q = self.torch.where(scale == 0, 0, q.clamp_(0, self.fmt.top_code))
-        return q, q * scale + bias
+        return q, self.torch.addcmul(bias, q, scale)
 
     def propagate(self) -> None:
         """Choose the codes on the grid as it is, columns by decreasing importance."""
@@ -110,40 +117,40 @@ class _State:
         factor = torch.linalg.cholesky(self.hessian[order][:, order])
         inverse = torch.cholesky_inverse(factor)
         upper = torch.linalg.cholesky(inverse, upper=True).float()  # U^T U = H^-1
-        w = self.target[:, order].clone()
-        groups = (order // self.size).tolist()
+        w = self.target[order]
+        places = order.tolist()
         for start in range(0, self.k, SEGMENT):
             stop = min(start + SEGMENT, self.k)
-            errors = torch.empty((self.n, stop - start), device=w.device)
+            errors = torch.empty((stop - start, self.n), device=w.device)
             for j in range(start, stop):
-                q, w_q = self._nearest(w[:, j], groups[j])
-                self.codes[:, order[j]] = q
-                e = (w[:, j] - w_q) / upper[j, j]
-                w[:, j:stop] -= e[:, None] * upper[j, j:stop]
-                errors[:, j - start] = e
-            w[:, stop:] -= errors @ upper[start:stop, stop:]
+                q, w_q = self._nearest(w[j], places[j] // self.size)
+                self.codes[places[j]] = q
+                e = errors[j - start]
+                torch.sub(w[j], w_q, out=e).div_(upper[j, j])
+                w[j + 1 : stop].addr_(upper[j, j + 1 : stop], e, alpha=-1)
+            w[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
 
     def descend(self) -> None:
         """One pass over the columns; scale and bias of each group first."""
-        h = self.hessian.float()
+        torch, h = self.torch, self.hessian.float()
+        diagonal = h.diagonal().tolist()
         w = self._weights()
-        gradient = (self.target - w) @ h  # [n, k], (T - W') H
+        gradient = h @ (self.target - w)  # [k, n], H (T - W')^T
         for start, stop in self._segments():
             group = start // self.size
-            before = w[:, start:].clone() if start % self.size == 0 else None
-            if before is not None and self.fmt.grid != "zero_point":
+            if start % self.size == 0 and self.fmt.grid != "zero_point":
                 end = min(start + self.size, self.k)
-                change = self._regrid(group, start, end, gradient[:, start:end], h)
-                w[:, start:end] += change
-                gradient[:, start:] -= change @ h[start:end, start:]
-            changes = self.torch.zeros((self.n, stop - start), device=w.device)
+                change = self._regrid(group, start, end, gradient[start:end], h)
+                w[start:end] += change
+                gradient[start:].addmm_(h[start:, start:end], change, alpha=-1)
+            changes = torch.empty((stop - start, self.n), device=w.device)
             for j in range(start, stop):
-                q, w_q = self._nearest(w[:, j] + gradient[:, j] / h[j, j], group)
-                change = w_q - w[:, j]
-                self.codes[:, j], w[:, j] = q, w_q
-                changes[:, j - start] = change
-                gradient[:, j:stop] -= change[:, None] * h[j, j:stop]
-            gradient[:, stop:] -= changes @ h[start:stop, stop:]
+                q, w_q = self._nearest(torch.add(w[j], gradient[j], alpha=1 / diagonal[j]), group)
+                change = changes[j - start]
+                torch.sub(w_q, w[j], out=change)
+                self.codes[j], w[j] = q, w_q
+                gradient[j + 1 : stop].addr_(h[j, j + 1 : stop], change, alpha=-1)
+            gradient[stop:].addmm_(h[stop:, start:stop], changes, alpha=-1)
 
     def _segments(self) -> list[tuple[int, int]]:
         """Runs of at most SEGMENT columns within one group."""
@@ -155,24 +162,24 @@ class _State:
         return found
 
     def _weights(self) -> Tensor:
-        scale = self.scale.repeat_interleave(self.size, 1)[:, : self.k]
-        return self.codes * scale + self.bias.repeat_interleave(self.size, 1)[:, : self.k]
+        scale = self.scale.repeat_interleave(self.size, 0)[: self.k]
+        return self.codes * scale + self.bias.repeat_interleave(self.size, 0)[: self.k]
 
     def _regrid(self, group: int, start: int, end: int, gradient: Tensor, h: Tensor) -> Tensor:
-        """Scale and bias of one group by least squares, as stored; the weights' change [n, size].
+        """Scale and bias of one group by least squares, as stored; the weights' change [size, n].
 
         A row for which rounding to what can be stored takes more than it gives stays as it is.
         """
         torch = self.torch
         zero = 0 if self.affine else self.fmt.zero_code
         own = h[start:end, start:end]
-        q = self.codes[:, start:end] - zero
-        hq = q @ own
-        ss, gs = (q * hq).sum(1), (q * gradient).sum(1)
-        scale, bias = self.scale[:, group], self.bias[:, group]
+        q = self.codes[start:end] - zero
+        hq = own @ q
+        ss, gs = (q * hq).sum(0), (q * gradient).sum(0)
+        scale, bias = self.scale[group], self.bias[group]
         tiny = torch.finfo(torch.float32).tiny
         if self.affine:
-            sb, bb, gb = hq.sum(1), own.sum(), gradient.sum(1)
+            sb, bb, gb = hq.sum(0), own.sum(), gradient.sum(0)
             free = ss * bb - sb * sb
             flat = free <= 1e-5 * ss * bb
             step = torch.where(flat, 0, (gs * bb - sb * gb) / torch.where(flat, 1, free))
@@ -182,21 +189,21 @@ class _State:
         else:
             new_scale = self._held(scale + gs / ss.clamp(min=tiny), group, of_bias=False)
             new_bias = -zero * new_scale
-        change = (new_scale - scale)[:, None] * q
+        change = (new_scale - scale) * q
         if self.affine:
-            change += (new_bias - bias)[:, None]
-        gain = (change * (2 * gradient - change @ own)).sum(1)
+            change += new_bias - bias
+        gain = (change * (2 * gradient - own @ change)).sum(0)
         better = (gain > 0) & torch.isfinite(new_scale) & torch.isfinite(new_bias)
-        self.scale[:, group] = torch.where(better, new_scale, scale)
-        self.bias[:, group] = torch.where(better, new_bias, bias)
-        return torch.where(better[:, None], change, 0)
+        self.scale[group] = torch.where(better, new_scale, scale)
+        self.bias[group] = torch.where(better, new_bias, bias)
+        return torch.where(better, change, 0)
 
     def _held(self, numbers: Tensor, group: int, of_bias: bool) -> Tensor:
         """Scales or biases of a group, f32[n], rounded to what the format can store."""
         torch, fmt = self.torch, self.fmt
         if fmt.scale_bits is None:
             return numbers.to(getattr(torch, fmt.dtype)).float()
-        unit = self.bias_unit[:, group] if of_bias else self.unit[:, group]
+        unit = self.bias_unit[group] if of_bias else self.unit[group]
         return self._code(numbers, unit) * unit
 
     def _code(self, numbers: Tensor, unit: Tensor) -> Tensor:
@@ -206,13 +213,17 @@ class _State:
         safe = self.torch.where(unit == 0, 1, unit)
         return (numbers / safe).round().clamp(-zero, top - zero)
 
+    def _rows(self, columns: Tensor) -> Array:
+        """A tensor [x, n] as an array [n, x]."""
+        return np.ascontiguousarray(columns.cpu().numpy().T)
+
     def result(self) -> Quantized:
         """Codes and grid as numpy arrays."""
         fmt, found = self.fmt, self.found
-        codes = self.codes.to(self.torch.uint8).cpu().numpy()
+        codes = self._rows(self.codes.to(self.torch.uint8))
 
         def kept(numbers: Tensor) -> Array:
-            return grid.as_dtype(numbers.cpu().numpy(), fmt.dtype)
+            return grid.as_dtype(self._rows(numbers), fmt.dtype)
 
         if fmt.group == "tensor" or fmt.grid == "zero_point":
             return Quantized(codes, found)
@@ -222,8 +233,7 @@ class _State:
             )
 
         def coded(numbers: Tensor, unit: Tensor) -> Array:
-            found_codes = self._code(numbers, unit) + fmt.scale_zero
-            return found_codes.to(self.torch.uint8).cpu().numpy()  # type: ignore[no-any-return]
+            return self._rows((self._code(numbers, unit) + fmt.scale_zero).to(self.torch.uint8))
 
         bias = coded(self.bias, self.bias_unit) if self.affine else None
         scale = coded(self.scale, self.unit)
