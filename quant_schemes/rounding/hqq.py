@@ -21,9 +21,17 @@ TURNS = 20
 
 def quantize(weights: Array, fmt: WeightFormat, _inputs: Inputs | None = None) -> Quantized:
     """Codes and grid of f32[n, k]."""
-    found = mse.search(weights, fmt, None)
     if fmt.group == "tensor" or fmt.grid == "zero_point":
-        return found
+        return mse.search(weights, fmt, None)
+    rows = max(1, mse.CHUNK // weights.shape[1])
+    return Quantized.concatenate(
+        [_of_rows(weights[at : at + rows], fmt) for at in range(0, len(weights), rows)]
+    )
+
+
+def _of_rows(weights: Array, fmt: WeightFormat) -> Quantized:
+    """The same for some rows, which fit the processor's cache."""
+    found = mse.search(weights, fmt, None)
     w = grid.grouped(weights, fmt)
     span = np.maximum(np.abs(w).max(axis=2, keepdims=True), np.float32(1e-30))
     best, least = found, _norm(weights, found, fmt)
