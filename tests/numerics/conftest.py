@@ -1,7 +1,8 @@
 """An independent reading of the weight formats: by the text of CONTRACTS.md, in plain numpy.
 
 Nothing here comes from qcc: the packer computes in f64 and rounds each step to the model dtype, the
-reader follows tensor-cache.json and unpacks code by code.
+reader follows tensor-cache.json and unpacks bit by bit. Formats that are not the contract's are
+read by the text of quant_schemes/format.py and packing.py, with the fields that qcc.json names.
 """
 
 from __future__ import annotations
@@ -42,9 +43,14 @@ CONTRACT = {
     "q4f32_1": Format(4, 32, "float32"),
     "q4bf16_0": Format(4, 32, "bfloat16", transposed=True),
     "q4bf16_1": Format(4, 32, "bfloat16"),
+    "q5f16_1": Format(5, 32, "float16"),
+    "q6f16_1": Format(6, 32, "float16"),
     "q8f16_1": Format(8, 32, "float16"),
     "q8f32_1": Format(8, 32, "float32"),
 }
+
+
+SPARSE = (3, 40)  # bits, group: 10 codes a word, its top bits 0
 
 
 def round_to(x: Any, dtype: str) -> Any:
@@ -71,23 +77,70 @@ def pack(w: Any, fmt: Format) -> tuple[Any, Any]:
     codes = np.clip(np.rint(round_to(t + top, fmt.dtype)), 0, 2 * top)
     codes = np.where(scale[:, :, None] == 0, 0, codes).reshape(n, -1)
     codes[:, k:] = 0
-    each = 32 // fmt.bits
-    words = np.zeros((n, codes.shape[1] // each), np.uint32)
-    for j in range(words.shape[1]):
-        for e in range(each):
-            words[:, j] |= codes[:, j * each + e].astype(np.uint32) << np.uint32(e * fmt.bits)
+    if (fmt.bits, fmt.group) != SPARSE:
+        return dense_words(codes.astype(np.uint8), fmt.bits), scale
+    words = np.zeros((n, codes.shape[1] // 10), np.uint32)
+    for e in range(10):
+        words |= codes[:, e::10].astype(np.uint32) << np.uint32(e * 3)
     return words, scale
 
 
-def unpack(words: Any, scale: Any, fmt: Format, k: int) -> Any:
-    """w' = (q - M) * s as f32[n, k], from arrays that are not transposed."""
-    assert fmt.bits is not None
-    each, top = 32 // fmt.bits, 2 ** (fmt.bits - 1) - 1
-    w = np.empty((words.shape[0], k))
-    for i in range(k):
-        q = (words[:, i // each] >> np.uint32(i % each * fmt.bits)) & np.uint32(2**fmt.bits - 1)
-        w[:, i] = (q.astype(np.float64) - top) * scale[:, i // fmt.group]
-    return w.astype(np.float32)
+def dense_words(codes: Any, bits: int) -> Any:
+    """Code i at bits [i*bits, (i+1)*bits) of a row, least significant first; uint32[n, ...]."""
+    n, count = codes.shape
+    stream = np.zeros((n, -(-count * bits // 32) * 32), np.uint8)
+    for i in range(count):
+        for bit in range(bits):
+            stream[:, i * bits + bit] = codes[:, i] >> bit & 1
+    return np.packbits(stream, axis=1, bitorder="little").view("<u4")
+
+
+def codes_of(words: Any, count: int, bits: int, sparse: bool = False) -> Any:
+    """The first `count` codes of each row of words, f64[n, count]."""
+    rows = np.ascontiguousarray(words, "<u4").view(np.uint8)
+    stream = np.unpackbits(rows, axis=1, bitorder="little").astype(np.float64)
+    codes = np.zeros((len(words), count))
+    for i in range(count):
+        first = i // 10 * 32 + i % 10 * 3 if sparse else i * bits
+        codes[:, i] = stream[:, first : first + bits] @ 2.0 ** np.arange(bits)
+    return codes
+
+
+def weights_of(parts: dict[str, Any], fields: dict[str, Any], k: int) -> Any:
+    """f32[n, k] of the stored parts of a weight, in f64 until the end.
+
+    Args:
+        parts: arrays by suffix, as stored.
+        fields: of the format, as qcc.json names them.
+        k: columns.
+    """
+    if fields["layout"] == "KN":
+        parts = {suffix: array.T for suffix, array in parts.items()}
+    bits, group = fields["bits"], fields["group"]
+    size = group if isinstance(group, int) else -(-k // 32) * 32
+    groups = -(-k // size)
+    q = codes_of(parts["q_weight"], k, bits, (bits, group) == SPARSE)
+    column, grid, two = (
+        np.arange(k) // size,
+        fields.get("grid", "symmetric"),
+        fields.get("scale_bits"),
+    )
+
+    def numbers(suffix: str, base: int) -> Any:
+        """Scales or biases of groups; those of two levels are codes less `base` under a block's."""
+        if two is None:
+            return parts[suffix]
+        codes = codes_of(parts[suffix], groups, two) - base
+        return codes * parts[suffix.replace("q_", "q_block_")][:, np.arange(groups) * size // 256]
+
+    scale = numbers("q_scale", 2 ** (two - 1) if two and grid == "symmetric" else 0)[:, column]
+    if grid == "asymmetric":
+        return (q * scale + numbers("q_bias", 0)[:, column]).astype(np.float32)
+    if grid == "zero_point":
+        zero = codes_of(parts["q_zero"], groups, bits)[:, column]
+    else:
+        zero = fields.get("zero", 2 ** (bits - 1) - 1)
+    return ((q - zero) * scale).astype(np.float32)
 
 
 def read_tensors(folder: Path) -> dict[str, Any]:
@@ -120,19 +173,42 @@ def stored_transposed(name: str, fmt: Format) -> bool:
     return fmt.transposed and not any(part in name for part in ("embed_tokens", "embed_in"))
 
 
-def dequantized(folder: Path, fmt: Format, widths: dict[str, int]) -> dict[str, Any]:
-    """Our parameter names -> weights f32; `widths` names each quantized weight's in-dimension."""
+def formats_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Weight -> the fields of its format, as qcc.json names them; the quantized ones."""
+    manifest = json.loads((folder / "qcc.json").read_text(encoding="utf-8"))
+    return {
+        name.removesuffix("q_weight") + "weight": fields
+        for name, fields in manifest["tensors"].items()
+        if name.endswith(".q_weight")
+    }
+
+
+def contract_fields(name: str, fmt: Format) -> dict[str, Any]:
+    """The fields of a contract's format for a weight."""
+    layout = "KN" if stored_transposed(name, fmt) else "NK"
+    return {"bits": fmt.bits, "group": fmt.group, "layout": layout}
+
+
+def dequantized(folder: Path, fmt: Format | None, widths: dict[str, int]) -> dict[str, Any]:
+    """Our parameter names -> weights f32.
+
+    `widths` names each quantized weight's in-dimension. `fmt` None: as qcc.json says.
+    """
     stored = read_tensors(folder)
+    written = formats_in(folder)
     weights = {}
     for name, array in stored.items():
-        if name.endswith(".q_weight"):
-            weight = name.removesuffix("q_weight") + "weight"
-            scale = stored[name.removesuffix("q_weight") + "q_scale"]
-            words = array
-            if stored_transposed(name, fmt):
-                words, scale = words.T, scale.T
-            weights[weight] = unpack(words, scale, fmt, widths[weight])
-        elif not name.endswith(".q_scale"):
+        prefix, _, suffix = name.rpartition(".")
+        weight = f"{prefix}.weight"
+        if suffix == "q_weight":
+            parts = {
+                key.removeprefix(f"{prefix}."): value
+                for key, value in stored.items()
+                if key.startswith(f"{prefix}.q_")
+            }
+            fields = written[weight] if fmt is None else contract_fields(weight, fmt)
+            weights[weight] = weights_of(parts, fields, widths[weight])
+        elif not suffix.startswith("q_"):
             weights[name] = array.astype(np.float32)
     return weights
 
@@ -198,6 +274,7 @@ def contract() -> SimpleNamespace:
         pack=pack,
         round_to=round_to,
         read_tensors=read_tensors,
+        formats_in=formats_in,
         is_table=is_table,
         stored_transposed=stored_transposed,
         dequantized=dequantized,
@@ -218,7 +295,7 @@ def on_our_weights(contract: Any, hugging_face: Any) -> Callable[[Any, Path, str
             if name.endswith(".q_weight"):
                 weight = name.removesuffix("q_weight") + "weight"
                 widths[weight] = int(shapes[parts_of(weight, model.config)[0][0]][1])
-        weights = contract.dequantized(artifact, contract.formats[scheme], widths)
+        weights = contract.dequantized(artifact, contract.formats.get(scheme), widths)
         return contract.with_weights(model, weights)
 
     return make
