@@ -75,6 +75,10 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.output)
     if out.suffix not in (".yaml", ".yml"):
         raise QccError(f"-o {out}: a scheme file ends in .yaml")
+    if not out.absolute().parent.is_dir():
+        raise QccError(f"-o {out}: there is no folder {out.parent}")
+    if args.tokens < 1:
+        raise QccError(f"--tokens {args.tokens}: must be 1 or more")
     tuning, fixed = _tune(args, Steps())
     bits = tuning.bits_per_weight(tuning.chosen)
     about = f"tuned for {Path(args.model).name}: {bits:.3f} bits a weight"
@@ -98,7 +102,7 @@ def _tune(args: argparse.Namespace, steps: Any) -> Any:
     from qcc.compiler.options import CompileOptions
     from qcc.compiler.source import checksum, locate
     from qcc.compiler.tune.effects import measure_effects
-    from qcc.compiler.tune.search import tune
+    from qcc.compiler.tune.search import least_bits, tune
     from qcc.quant_schemes.rounding import mse
 
     source = locate(args.model, args.allow_pickle)
@@ -116,6 +120,7 @@ def _tune(args: argparse.Namespace, steps: Any) -> Any:
         formats = _formats(args.formats, plan.scheme.dtype)
         weights = sum(unit.shape[0] * unit.shape[1] for unit in units)
         budget = _budget(args, weights, specs, {unit.name for unit in units})
+        least_bits(units, formats, budget)  # an impossible target is refused before all else
         small = weights < SMALL
         context = min(plan.config.max_position_embeddings, 512)
         with steps.step("Read the text") as step:

@@ -62,6 +62,22 @@ class Tuning:
         return found
 
 
+def least_bits(units: Sequence[Unit], formats: Sequence[WeightFormat], budget: int) -> int:
+    """Stored bits of the smallest allocation.
+
+    Raises:
+        QccError: they are more than the budget.
+    """
+    weights = sum(unit.shape[0] * unit.shape[1] for unit in units)
+    least = sum(min(stored_bits(fmt, unit.shape) for fmt in formats) for unit in units)
+    if budget < least:
+        raise QccError(
+            f"the target is {budget / weights:.2f} bits a weight; with these formats the least is "
+            f"{least / weights:.2f}"
+        )
+    return least
+
+
 def tune(
     units: Sequence[Unit],
     formats: Sequence[WeightFormat],
@@ -89,13 +105,8 @@ def tune(
     """
     choices = [[(effect.bits, effect.divergence) for effect in each] for each in effects]
     weights = sum(unit.shape[0] * unit.shape[1] for unit in units)
-    least = sum(min(bits for bits, _ in each) for each in choices)
+    least = least_bits(units, formats, budget)
     most = sum(max(bits for bits, _ in each) for each in choices)
-    if budget < least:
-        raise QccError(
-            f"the target is {budget / weights:.2f} bits a weight; with these formats the least is "
-            f"{least / weights:.2f}"
-        )
     wanted = {budget}
     if curve:
         at = STEP * -(-least // round(STEP * weights))
