@@ -78,6 +78,22 @@ def test_a_fused_weight_of_two_formats_is_read_apart(checkpoint: Any, tmp_path: 
     assert relative_error(wanted[name], found[name]) == pytest.approx(errors[name], rel=1e-6)
 
 
+def test_scales_of_inputs_are_no_part_of_a_weight(checkpoint: Any, tmp_path: Path) -> None:
+    """A static scheme's weights are those of the same scheme without; its norms are still f16."""
+    from qcc.compiler.options import Calibration, CompileOptions
+
+    model, text = checkpoint("llama"), tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a text. " * 10)
+    options = CompileOptions(quant="q8f16_c_s8", calibration=Calibration(str(text)))
+    folder = convert_model(str(model), tmp_path / "static", options)
+    static = StoredWeights.open(Artifact.open(folder), Original(model))
+    plain = converted(model, "q8f16_c", tmp_path / "plain")
+    assert static.plan.scheme.dtype == "float16"
+    assert any(spec.input_scale for spec in static.specs)
+    for spec, other in zip(static.specs, plain.specs, strict=True):
+        np.testing.assert_array_equal(static.dequantized(spec), plain.dequantized(other))
+
+
 def test_another_model_is_refused(checkpoint: Any, tmp_path: Path) -> None:
     model = checkpoint("llama")
     weights = converted(model, "q4f16_1", tmp_path / "a")

@@ -185,6 +185,19 @@ def test_unused_tensors(tmp_path: Path) -> None:
     assert "k.bias" in text and "and 2 more" in text and "inv_freq" not in text
 
 
+def test_a_scale_of_inputs_that_nothing_gives(tmp_path: Path) -> None:
+    scaled = replace(spec("o.weight", Q4, "o.weight"), input_scale=True)
+    tensors = {"o.weight": TENSORS["o.weight"]}
+    parts = packing.store(rtn.METHOD.quantize(tensors["o.weight"], Q4, None), Q4)
+    with opened(tmp_path / "in", tensors) as checkpoint:
+        for given in (None, lambda _spec: None, lambda _spec: parts):
+            with pytest.raises(QccError, match=r"o\.weight: .*activations: static needs the scale"):
+                convert_weights(checkpoint, [scaled], tmp_path / "out", given=given)
+        parts["q_input_scale"] = np.array([0.25], np.float32)
+        records = convert_weights(checkpoint, [scaled], tmp_path / "out", given=given)
+    assert [record.name for record in records] == ["o.q_weight", "o.q_scale", "o.q_input_scale"]
+
+
 def test_a_wrong_shape(tmp_path: Path) -> None:
     text = failure(tmp_path, ALL, {**TENSORS, "o.weight": normal(72, 101, dtype=np.float32)})
     assert "tensor 'o.weight' has shape [72, 101], config.json asks for [72, 100]" in text
