@@ -110,7 +110,8 @@ def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
         "--calib",
         default="self",
         metavar="self|FILE",
-        help="text for imse, awq and gptq: a file, or sampled from the model (default: self)",
+        help="text for imse, awq, gptq and static activations: a file, or sampled from the model "
+        "(default: self)",
     )
     scheme.add_argument(
         "--calib-tokens",
