@@ -24,6 +24,7 @@ from qcc.compiler.weights.convert import Given
 from qcc.compiler.weights.spec import INPUT_SCALE, WeightSpec
 from qcc.quant_schemes.packing import Array
 from qcc.quant_schemes.rounding.method import Method, find_method
+from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir
 
 # Rounds what a calibration leaves alone: the embedding.
@@ -47,6 +48,39 @@ class Codes:
         """Remove the finished weights: the artifact has them now."""
         if self.work is not None:
             shutil.rmtree(self.work, ignore_errors=True)
+
+
+def check_text(
+    name: str,
+    folder: Path,
+    specs: Sequence[WeightSpec],
+    calibration: Calibration,
+    max_positions: int,
+) -> None:
+    """Refuse a text file that `choose_codes` could not use, before anything is built.
+
+    Raises:
+        QccError: as `text_of_file`.
+    """
+    if calibration.tokens is not None and calibration.tokens < 1:
+        raise QccError(f"--calib-tokens {calibration.tokens}: must be 1 or more")
+    if calibration.text != "self" and _wants_text(find_method(name), specs):
+        from qcc.compiler.calibrate.text import text_of_file
+
+        context = min(max_positions, CONTEXT)
+        text_of_file(folder, calibration.text, context, _tokens(specs, calibration))
+
+
+def _wants_text(method: Method, specs: Sequence[WeightSpec]) -> bool:
+    if any(spec.input_scale for spec in specs):
+        return True
+    return method.needs_text and not all(spec.format.is_float for spec in specs)
+
+
+def _tokens(specs: Sequence[WeightSpec], calibration: Calibration) -> int:
+    """How many tokens of the text are used at most."""
+    weights = sum(math.prod(spec.shape) for spec in specs)
+    return calibration.tokens or (TOKENS if weights < SMALL else FEWER_TOKENS)
 
 
 def choose_codes(
@@ -77,14 +111,12 @@ def choose_codes(
     def imported(spec: WeightSpec) -> Mapping[str, Array] | None:
         return imported_parts(checkpoint, spec)
 
-    scaled = any(spec.input_scale for spec in specs)
-    if not scaled and (not method.needs_text or all(spec.format.is_float for spec in specs)):
+    if not _wants_text(method, specs):
         return Codes(method, imported)
     from qcc.compiler.calibrate.text import text_of_file, text_of_model
 
     context = min(max_positions, CONTEXT)
-    weights = sum(math.prod(spec.shape) for spec in specs)
-    tokens = calibration.tokens or (TOKENS if weights < SMALL else FEWER_TOKENS)
+    tokens = _tokens(specs, calibration)
     with steps.step("Read the calibration text") as step:
         if calibration.text == "self":
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from qcc.compiler.build import Plan, build_library, weight_specs
 from qcc.compiler.chat_config import fitting_vocabulary, write_chat_config
-from qcc.compiler.codes import choose_codes
+from qcc.compiler.codes import check_text, choose_codes
 from qcc.compiler.config import read_json
 from qcc.compiler.imports.lora import with_lora
 from qcc.compiler.imports.parts import import_notes
@@ -70,8 +70,15 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
         check_weights(checkpoint, specs, ignored)
         tokens = fitting_vocabulary(source, plan.config).size
         plan = dataclasses.replace(plan, active_vocab_size=tokens)
-        method = options.method or plan.scheme.method
+        method = plan.scheme.method if options.method is None else options.method
         find_method(method)
+        if options.lm_head is not None and all(spec.role != "lm_head" for spec in specs):
+            raise QccError(
+                "--lm-head: the model has no lm_head of its own, it multiplies by its embedding; "
+                "give --embedding FORMAT"
+            )
+        positions = plan.config.max_position_embeddings
+        check_text(method, checkpoint.folder, specs, options.calibration, positions)
         step.note = f"{plan.config.model_type}, {_parameters(specs):,} parameters"
     for note in (context_note(options.sizes, plan.sizes), *import_notes(checkpoint, specs)):
         if note:
@@ -99,7 +106,6 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
             "activations": plan.scheme.activations,
         }
         if before is None:
-            positions = plan.config.max_position_embeddings
             codes = choose_codes(
                 method,
                 checkpoint,

@@ -118,19 +118,22 @@ class Scheme:
         Raises:
             SchemeError: a FORMAT that is none.
         """
-        if not (rules or embedding or lm_head):
+        if not rules and embedding is None and lm_head is None:
             return self
         parsed = [(key, self._format(value, f"--set {key}")) for key, value in rules]
         shown_rules = [f"{key}={value}" for key, value in rules]
-        shown_rules += [f"embedding={embedding}"] if embedding else []
-        shown_rules += [f"lm_head={lm_head}"] if lm_head else []
+        shown_rules += [f"embedding={embedding}"] if embedding is not None else []
+        shown_rules += [f"lm_head={lm_head}"] if lm_head is not None else []
         return replace(
             self,
             name=f"{self.name}+{','.join(shown_rules)}",
             rules=(*parsed, *self.rules),
-            embedding=self._format(embedding, "--embedding") if embedding else self.embedding,
-            lm_head=self._format(lm_head, "--lm-head") if lm_head else self.lm_head,
+            embedding=self._or(self.embedding, embedding, "--embedding"),
+            lm_head=self._or(self.lm_head, lm_head, "--lm-head"),
         )
+
+    def _or(self, fmt: WeightFormat, text: str | None, flag: str) -> WeightFormat:
+        return fmt if text is None else self._format(text, flag)
 
     def _format(self, text: str, where: str) -> WeightFormat:
         return format_of_text(text, self.dtype, where, uniform_format)
