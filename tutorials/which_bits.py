@@ -4,8 +4,8 @@
     python -m qcc.tutorials.which_bits --model ./Llama-3.2-1B --text my.txt --max-kl 0.05
 
 It leaves an artifact for each size and one page, report.html, that shows them side by side. gptq
-needs `pip install 'qcc[calibrate]'`; without it that row is left out, and the reference is our own
-q0f32 library. Each step names the command line that does the same.
+needs torch and transformers (`pip install '.[calibrate]'`); without them that row is left out, and
+the reference is our own q0f32 library. Each step names the command line that does the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIZES: tuple[tuple[str, str | None], ...] = (
     ("q2f16_k", "gptq"),
 )
 # Few, for the tutorial's sake: the default is 65536 to calibrate and all of the text to measure.
-CALIBRATION_TOKENS, MAX_TOKENS = 2048, 6000
+CALIBRATION_TOKENS, MAX_TOKENS = 2048, 4000
 
 FIGURES = """
    bits        bits a weight of all that is stored: codes, scales, embedding, norms; linear: of the
@@ -65,8 +65,9 @@ METHODS = """
    awq   scales columns with large inputs up before it rounds        needs a little text
    gptq  chooses each code knowing the errors of those before it     needs a little text; slowest
    They write the same formats: a method costs nothing when the model runs. The text is sampled
-   from the model itself, or it is yours (--calib FILE). Do not calibrate on the text that you
-   evaluate on: the figures would be too good, and qcc eval warns."""
+   from the model itself, or it is yours (--calib FILE). Far too little of it makes things worse
+   than no text at all. Do not calibrate on the text that you evaluate on: the figures would be
+   too good, and qcc eval warns."""
 
 COMMANDS = """
    MODEL={model}
@@ -98,7 +99,7 @@ def tutorial(model: str, text: Path, out: Path, max_kl: float = 0.02) -> Report:
     artifacts = []
     for scheme, method in SIZES:
         if method is not None and not available():
-            print(f"   no {method}: it needs pip install 'qcc[calibrate]'")
+            print(f"   no {method}: it needs torch and transformers: pip install '.[calibrate]'")
             continue
         name = scheme if method is None else f"{scheme}-{method}"
         print(f"   {name}")
@@ -111,7 +112,7 @@ def tutorial(model: str, text: Path, out: Path, max_kl: float = 0.02) -> Report:
         )
         artifacts.append(compile_model(model, out / name, compiling, Steps(sys.stdout)))
 
-    # 2. qcc eval OUT/q* --against MODEL --text TEXT --max-tokens 6000 --html OUT/report.html
+    # 2. qcc eval OUT/q* --against MODEL --text TEXT --max-tokens 4000 --html OUT/report.html
     # Every artifact runs through its own compiled library, against the original in fp32.
     print("\n2. Measure them side by side")
     options = EvalOptions(against=model, max_tokens=MAX_TOKENS)
