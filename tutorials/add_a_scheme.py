@@ -52,8 +52,8 @@ lm_head: 8/row                      # of a model whose lm_head is a weight of it
 activations: none                   # dynamic, static: round the inputs of matrices to int8
 method: mse                         # how codes are chosen, unless --method says otherwise
 """
-# The same without a file: qcc compile MODEL --quant q4f16_k --embedding 8/32 --lm-head 8/row and
-# a --set for each of these.
+# The same without a file: qcc compile MODEL --quant q4f16_k --embedding 8/32, a --set for each of
+# these, and --lm-head 8/row where the lm_head is not the embedding once more, as it is here.
 RULES = (
     ("model.layers.0.*.weight", "6/32k"),
     ("*.v_proj.weight", "5/32k"),
@@ -94,9 +94,9 @@ def tutorial(out: Path) -> Report:
     for line in sizes(specs):
         print(f"   {line}")
 
-    # 3. qcc compile MODEL --quant q4f16_k --set '*.v_proj.weight=5/32k' ...
+    # 3. qcc compile MODEL --quant q4f16_k --set '*.v_proj.weight=5/32k' --embedding 8/32 ...
     print("\n3. The same with --set")
-    same = CompileOptions(quant="q4f16_k", rules=RULES, embedding="8/32", lm_head="8/row")
+    same = CompileOptions(quant="q4f16_k", rules=RULES, embedding="8/32")
     alike = [spec.format for spec in planned(same)] == [spec.format for spec in specs]
     print(f"   every weight has the same format: {'yes' if alike else 'NO'}")
     print("\n4. What is refused")

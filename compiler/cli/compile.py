@@ -15,7 +15,7 @@ HELP = "compile a checkpoint into a library and quantized weights"
 EXAMPLE = """
 qcc compile ./Llama-3.2-1B --quant q4f16_1 --target cpu -o ./llama-q4
 qcc compile ./Llama-3.2-1B --quant q3f16_k --method gptq -o ./llama-q3
-qcc compile ./Llama-3.2-1B --quant q4f16_a32 --set '*.v_proj.*=6/32a' --lm-head 8/32 -o ./mixed
+qcc compile ./Llama-3.2-1B --quant q4f16_a32 --set '*.v_proj.*=6/32a' --embedding 8/32 -o ./mixed
 """
 # The same text as quant_schemes.format_text.FORMAT_HELP, which the help cannot import in time.
 FORMAT_HELP = (
