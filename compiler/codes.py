@@ -12,12 +12,14 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qcc.compiler.imports.parts import imported_parts
 from qcc.compiler.options import Calibration
+from qcc.compiler.output_folder import locked
 from qcc.compiler.steps import Steps, duration
 from qcc.compiler.weights.checkpoint import Checkpoint
 from qcc.compiler.weights.convert import Given
@@ -25,6 +27,7 @@ from qcc.compiler.weights.spec import INPUT_SCALE, WeightSpec
 from qcc.quant_schemes.packing import Array
 from qcc.quant_schemes.rounding.method import Method, find_method
 from qcc.runtime.errors import QccError
+from qcc.runtime.eval.protocol import read_text
 from qcc.runtime.files import cache_dir
 
 # Rounds what a calibration leaves alone: the embedding.
@@ -71,6 +74,22 @@ def check_text(
         text_of_file(folder, calibration.text, context, _tokens(specs, calibration))
 
 
+def asked_text(name: str, specs: Sequence[WeightSpec], calibration: Calibration) -> str | None:
+    """The calibration text in words that tell any two apart; None where none is used.
+
+    Raises:
+        QccError: a file that cannot be read.
+    """
+    if not _wants_text(find_method(name), specs):
+        return None
+    if calibration.text == "self":
+        text = f"self, seed {calibration.seed}"
+    else:
+        found = read_text(calibration.text)
+        text = f"{found.name}, sha256 {found.sha256[:8]}"
+    return f"{text}, at most {_tokens(specs, calibration)} tokens"
+
+
 def _wants_text(method: Method, specs: Sequence[WeightSpec]) -> bool:
     if any(spec.input_scale for spec in specs):
         return True
@@ -91,6 +110,7 @@ def choose_codes(
     source: str,
     max_positions: int,
     steps: Steps,
+    held: ExitStack,
 ) -> Codes:
     """Run the calibration that a method needs, or the scales of inputs, if any.
 
@@ -102,6 +122,7 @@ def choose_codes(
         source: checksum of the checkpoint.
         max_positions: tokens that the model was made for.
         steps: is told what is under way.
+        held: gets the lock of the finished weights, which another compile may want as well.
 
     Raises:
         QccError, SchemeError: unusable text, a model that cannot run, a package that is missing.
@@ -139,7 +160,8 @@ def choose_codes(
         steps.line(f"  warning: {text.warning}")
     from qcc.compiler.calibrate.run import quantize_layers
 
-    work = cache_dir() / "quantizing" / _key(name, specs, source, text.sha256)
+    work = cache_dir() / "quantizing" / _key(name, specs, source, text.windows)
+    held.enter_context(locked(work, steps.line))
 
     def quantized(stage: int, stages: int, weight: str, seconds: float) -> None:
         left = f"{duration(seconds)} left"
@@ -169,14 +191,21 @@ def choose_codes(
     return Codes(
         find_method(WITHOUT_TEXT) if method.needs_text else method,
         given,
-        {"name": text.name, "sha256": text.sha256, "tokens": text.tokens},
+        {
+            "name": text.name,
+            "sha256": text.sha256,
+            "tokens": text.tokens,
+            "asked": asked_text(name, specs, calibration),
+        },
         work,
     )
 
 
-def _key(method: str, specs: Sequence[WeightSpec], source: str, text: str) -> str:
+def _key(
+    method: str, specs: Sequence[WeightSpec], source: str, windows: Sequence[Sequence[int]]
+) -> str:
     """The name of the folder of finished weights: all that decides their numbers."""
     formats = [(spec.name, spec.format.as_dict(), spec.input_scale) for spec in specs]
     version = importlib.metadata.version("qcc")
-    told = json.dumps([version, source, method, text, formats], sort_keys=True)
+    told = json.dumps([version, source, method, windows, formats], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:32]

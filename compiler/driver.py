@@ -8,13 +8,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qcc.compiler.build import Plan, build_library, weight_specs
 from qcc.compiler.chat_config import fitting_vocabulary, write_chat_config
-from qcc.compiler.codes import check_text, choose_codes
+from qcc.compiler.codes import asked_text, check_text, choose_codes
 from qcc.compiler.config import read_json
 from qcc.compiler.imports.lora import with_lora
 from qcc.compiler.imports.parts import import_notes
@@ -83,9 +84,10 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
     for note in (context_note(options.sizes, plan.sizes), *import_notes(checkpoint, specs)):
         if note:
             steps.line(f"  {note}")
-    with checkpoint, ThreadPoolExecutor(1) as pool, staging(out) as work:
+    with checkpoint, ThreadPoolExecutor(1) as pool, staging(out) as work, ExitStack() as held:
         source_sum = pool.submit(checksum, source, options.lora)
-        before = _check_folder(out, plan, specs, method, source_sum.result, options.force)
+        asked = asked_text(method, specs, options.calibration)
+        before = _check_folder(out, plan, specs, method, asked, source_sum.result, options.force)
         built = {}
         for target, (machine, name) in zip(targets, resolved, strict=True):
             with steps.step(f"Build the {target.name} library") as step:
@@ -114,6 +116,7 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
                 source_sum.result(),
                 positions,
                 steps,
+                held,
             )
             if codes.text:
                 manifest["calibration"] = dict(codes.text)
@@ -251,6 +254,7 @@ def _check_folder(
     plan: Plan,
     specs: Sequence[WeightSpec],
     method: str,
+    asked: str | None,
     source_sum: Callable[[], str],
     force: bool,
 ) -> dict[str, Any] | None:
@@ -271,6 +275,8 @@ def _check_folder(
         ("scheme", found.get("scheme"), plan.scheme.name),
         ("scheme of that name", _digest(found.get("tensors")), _digest(_formats(specs))),
         ("method", found.get("method"), method),
+        ("calibration", (found.get("calibration") or {}).get("asked"), asked),
+        ("rounding of inputs", found.get("activations", "none"), plan.scheme.activations),
         ("sizes", found.get("sizes"), plan.sizes.as_dict()),
     ):
         if old != new:

@@ -49,7 +49,7 @@ def sample(
         progress: called after each step.
 
     Raises:
-        QccError: the model does not fit in memory.
+        QccError: the model does not fit in memory, or its logits are no numbers.
     """
     layerwise = LayerwiseModel(folder, checkpoint, device)
     model = layerwise.whole(_dtype(layerwise, folder))
@@ -88,6 +88,11 @@ def _write(
         out = model(rows, past_key_values=cache, use_cache=True, logits_to_keep=1)
         # The ids past the tokenizer's are no tokens.
         logits = out.logits[:, -1, : special.size].float()
+        if not torch.isfinite(logits).all():
+            raise QccError(
+                "to sample text: the model's logits are NaN or infinite; the checkpoint is "
+                "damaged, or transformers runs it wrongly"
+            )
         rows = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         goes_on = ~torch.isin(rows[:, 0], ends)
         for row, token in zip(alive, rows[:, 0].tolist(), strict=True):

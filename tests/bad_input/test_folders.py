@@ -67,6 +67,30 @@ def test_another_artifact_in_the_folder(cli: Any, checkpoint: Any, tmp_path: Pat
     assert Artifact.open(out).manifest.scheme == "q8f16_1"
 
 
+def test_another_calibration_in_the_folder(cli: Any, checkpoint: Any, tmp_path: Path) -> None:
+    """Another text, or more of it, makes other weights; another rounding of inputs as well."""
+    model, out = checkpoint("llama"), tmp_path / "out"
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("Once upon a time there was a text. " * 40)
+    second.write_text("Once upon a time there was no text. " * 40)
+    flags = ["--method", "imse", "--calib-tokens", "200", "--calib"]
+    made = cli("convert", model, "-o", out, *flags, first)
+    assert made.status == 0
+    # What it advises to run names every flag that decides the weights.
+    assert "--method imse" in made.out and f"--calib {first} --calib-tokens 200" in made.out
+    assert cli("convert", model, "-o", out, *flags, first).status == 0, "the same again is fine"
+    for other in ([*flags, second], [*flags, first, "--calib-tokens", "201"], flags[:-1]):
+        text = cli("convert", model, "-o", out, *other).error()
+        assert "another calibration (a.txt" in text and "--force" in text
+    scheme = tmp_path / "own.yaml"
+    inputs = tmp_path / "inputs"
+    for activations, status in (("dynamic", 0), ("none", 2)):
+        scheme.write_text(f"{{dtype: float16, linear: 8/32, activations: {activations}}}")
+        ended = cli("convert", model, "-o", inputs, "--quant", scheme)
+        assert ended.status == status
+    assert "another rounding of inputs (dynamic, now none)" in ended.error()
+
+
 # Compiles with a stand-in for LLVM, forked before any thread runs: one child a moment. A child is
 # killed just before the moment-th time that it opens for writing, makes, renames or removes
 # something in the folder. Prints, a line a moment: "killed", or "done" for the last.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,9 @@ def test_codes_of_another_tool_are_kept(
     monkeypatch.setattr(codes, "imported_parts", imported)
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a text. " * 10)
-    with Checkpoint.open(folder) as opened:
+    with Checkpoint.open(folder) as opened, ExitStack() as held:
         chosen = codes.choose_codes(
-            "rtn", opened, specs, Calibration(str(text)), "0" * 64, 256, Steps(quiet=True)
+            "rtn", opened, specs, Calibration(str(text)), "0" * 64, 256, Steps(quiet=True), held
         )
         for spec in specs:
             parts = chosen.given(spec)
