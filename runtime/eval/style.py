@@ -27,7 +27,7 @@ header p,figcaption,section>p,dt{color:var(--quiet)}
 section{margin-top:26px}
 section:not(.plots),figure{background:var(--card);border:1px solid var(--rule);
  border-radius:10px;padding:16px 18px}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:18px}
+.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(440px,100%),1fr));gap:18px}
 figure{margin:0;display:flex;flex-direction:column}
 figcaption{margin-top:auto;padding-top:6px;font-size:13px}
 svg{width:100%;height:auto;font-size:12px}
