@@ -26,6 +26,7 @@ ALLOWED = {
     "tutorials": ("compiler", "quant_schemes", "runtime", "targets"),
 }
 ENGINE = ("runtime.engine", "runtime.LLM", "runtime.SamplingParams")
+HEAVY = ("torch", "transformers", "accelerate")
 # Written in two parts: this file is searched too.
 REGISTRIES = ["pypi" + ".org", "python" + "hosted", "npm" + "js.org", "deb" + ".debian.org"]
 REGISTRIES += ["crates" + ".io", "proxy.golang" + ".org", "download.py" + "torch.org"]
@@ -96,14 +97,38 @@ def test_only_the_command_line_reaches_the_engine() -> None:
 
 def test_runtime_needs_no_torch() -> None:
     """Whoever runs a model installs no torch and no transformers; a benchmark's peers may."""
-    heavy = ("torch", "transformers", "accelerate")
     wrong = [
         f"{path}:{line}: {name}"
         for path, line, name in imports()
         if path.parts[0] == "runtime"
-        and within(name, heavy)
+        and within(name, HEAVY)
         and not (path.parts[1] == "bench" and path.name.startswith("peer_"))
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_methods_and_schemes_are_plug_ins() -> None:
+    """rounding/ holds a METHOD in each file but the two that all share; schemes/ YAML alone."""
+    folder = ROOT / "quant_schemes"
+    for path in (folder / "rounding").glob("[a-z]*.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        names = {ast.unparse(node.targets[0]) for node in body if isinstance(node, ast.Assign)}
+        assert ("METHOD" in names) != (path.name in ("grid.py", "method.py")), path.name
+    tracked = {path for path in files() if path.parts[:2] == ("quant_schemes", "schemes")}
+    assert tracked and {path.suffix for path in tracked} == {".yaml"}
+
+
+def test_torch_is_imported_where_it_is_used() -> None:
+    """In functions: what needs no torch works where it is not installed."""
+    wrong = []
+    for path in files():
+        if path.suffix != ".py" or path.parts[0] not in PACKAGES or path.parts[0] == "tutorials":
+            continue
+        for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom) and (
+                within(getattr(node, "module", None) or node.names[0].name, HEAVY)
+            ):
+                wrong.append(f"{path}:{node.lineno}")
     assert not wrong, "\n".join(wrong)
 
 

@@ -136,6 +136,21 @@ def test_rounds_lower_the_error_of_the_output(
     assert errors[2] < 0.6 * plain[0] and errors[2] < 0.7 * plain[1], (errors, plain)
 
 
+@pytest.mark.parametrize("fmt", [FORMATS[i] for i in (0, 1, 2, 4, 5, 8, 11)], ids=text_of)
+def test_scales_that_follow_the_codes(fmt: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds that move codes alone leave a greater error; scales of few bits hardly move."""
+    w, inputs = weights(16, 200), inputs_of(200)
+    both = read(find_method("gptq").quantize(w, fmt, inputs), fmt)
+
+    def unmoved(_state: Any, _group: int, _start: int, _end: int, gradient: Any, _h: Any) -> Any:
+        return gradient * 0
+
+    monkeypatch.setattr(gptq._State, "_regrid", unmoved)
+    codes = read(find_method("gptq").quantize(w, fmt, inputs), fmt)
+    least = 1.001 if fmt.two_level else 0.985
+    assert output_error(w, both, inputs) < least * output_error(w, codes, inputs)
+
+
 @pytest.mark.parametrize("fmt", FORMATS[:5], ids=text_of)
 def test_the_originals_inputs_are_aimed_at(fmt: WeightFormat) -> None:
     """With `cross` ||W Y - W' X||^2 is lower: T = W C^T H^-1 stands for what X can give."""

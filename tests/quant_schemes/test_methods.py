@@ -117,11 +117,15 @@ def test_a_search_is_no_worse_than_the_range(fmt: WeightFormat) -> None:
 
 def test_what_searching_gains() -> None:
     """At few bits a search gains much: a bound that a search which returns the range misses."""
-    w = normal(32, 512)
+    w, inputs = normal(32, 512), inputs_of(512)
     for text, least in (("4/32a", 0.1), ("3/32a", 0.18), ("2/16k", 0.3)):
         fmt = format_of_text(text, "float16", "", lambda _: None)
         gain = 1 - squared(w, made("mse", w, fmt)) / squared(w, made("rtn", w, fmt))
         assert gain > least, (text, gain)
+        weighed = [
+            squared(w, made(name, w, fmt, inputs), inputs.square) for name in ("mse", "imse")
+        ]
+        assert weighed[1] < 0.9 * weighed[0], (text, weighed)
 
 
 def hard(k: int) -> dict[str, Any]:

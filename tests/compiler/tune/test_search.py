@@ -32,9 +32,12 @@ FORMATS = [format_of_text(text, "float16", "", lambda _: None) for text in TEXTS
 
 
 class Fake:
-    """Its divergence is the weights' squared errors, each times its own factor, and a product."""
+    """Its divergence is known: of each weight a power of its squared error times its own factor.
 
-    def __init__(self, crossed: float = 0.0) -> None:
+    Their sum, and `crossed` times its square, which makes effects not add.
+    """
+
+    def __init__(self, crossed: float = 0.0, power: float = 1.0) -> None:
         rng = np.random.default_rng(0)
         self.weights = {
             name: (0.1 * rng.standard_t(5, shape)).astype(np.float32)
@@ -42,7 +45,7 @@ class Fake:
         }
         self.factor = dict(zip(SHAPES, (0.02, 1.0, 0.3, 4.0, 0.5), strict=True))
         self.now = dict(self.weights)
-        self.crossed = crossed
+        self.crossed, self.power = crossed, power
 
     def replace(self, name: str, weights: Any) -> None:
         assert weights.shape == self.weights[name].shape
@@ -53,7 +56,8 @@ class Fake:
 
     def divergence(self) -> float:
         parts = [
-            self.factor[name] * float(((self.now[name] - w).astype(np.float64) ** 2).mean())
+            self.factor[name]
+            * float(((self.now[name] - w).astype(np.float64) ** 2).mean()) ** self.power
             for name, w in self.weights.items()
         ]
         return sum(parts) + self.crossed * sum(parts) ** 2
@@ -94,11 +98,14 @@ def test_effects_are_measured_one_weight_at_a_time() -> None:
             assert effect.divergence == pytest.approx(alone + 3 * alone**2, rel=1e-3)
 
 
-def test_what_is_not_probed_is_a_power_of_the_error() -> None:
-    """Here the divergence is the error times a factor, so that the power law is exact."""
-    model = Fake()
+@pytest.mark.parametrize("power", [0.7, 1.0, 1.6])
+def test_what_is_not_probed_is_a_power_of_the_error(power: float) -> None:
+    """Here it is one, so that interpolation is exact; from one probe the power is taken as 1."""
+    model = Fake(power=power)
     every = effects_of(model)
     for probed in ([FORMATS[0], FORMATS[2], FORMATS[4]], [FORMATS[2]], [FORMATS[0], FORMATS[1]]):
+        if len(probed) == 1 and power != 1:
+            continue
         some = effects_of(model, probed)
         for a, b in zip(every, some, strict=True):
             for fmt, x, y in zip(FORMATS, a, b, strict=True):
