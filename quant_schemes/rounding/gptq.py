@@ -42,22 +42,33 @@ def quantize(weights: Array, fmt: WeightFormat, inputs: Inputs | None = None) ->
     with torch.no_grad():
         hessian = torch.from_numpy(inputs.hessian.astype(np.float64)).to(device)
         added = DAMPING * hessian.diagonal().mean()
-        damped = hessian + torch.eye(
-            len(hessian), dtype=torch.float64, device=device
-        ) * added.clamp(min=1e-12)
+        damped = hessian.clone()
+        damped.diagonal().add_(added.clamp(min=1e-12))
+        order = torch.argsort(damped.diagonal(), descending=True, stable=True)
+        upper = inverse_factor(torch, damped[order][:, order])
         target = torch.from_numpy(np.ascontiguousarray(weights, np.float32)).to(device)
         if inputs.cross is not None:
             cross = torch.from_numpy(inputs.cross.astype(np.float64)).to(device)
-            right = target.double() @ (cross + damped - hessian).T
-            target = torch.linalg.solve(damped, right.T).T.float().contiguous()
+            right = (cross + damped - hessian)[order] @ target.double().T  # [k, n], in order
+            target[:, order] = (upper.T @ (upper @ right)).T.float()
         importance = damped.diagonal().float().cpu().numpy()
         found = mse.search_grid(target.cpu().numpy(), fmt, importance)
         state = _State(torch, target, found, fmt, damped)
-        state.propagate()
+        state.propagate(order, upper.float())
         if fmt.group != "tensor":
             for _ in range(ROUNDS):
                 state.descend()
         return state.result()
+
+
+def inverse_factor(torch: Any, hessian: Tensor) -> Tensor:
+    """The upper triangular U with U^T U = H^-1, f64[k, k].
+
+    H = R R^T with R upper triangular, a Cholesky factor from the last column on; U is R^-1.
+    """
+    flipped = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    return torch.linalg.solve_triangular(flipped, identity, upper=True)
 
 
 def _torch() -> Any:
@@ -110,13 +121,9 @@ class _State:
         q = self.torch.where(scale == 0, 0, q.clamp_(0, self.fmt.top_code))
         return q, self.torch.addcmul(bias, q, scale)
 
-    def propagate(self) -> None:
-        """Choose the codes on the grid as it is, columns by decreasing importance."""
+    def propagate(self, order: Tensor, upper: Tensor) -> None:
+        """Choose the codes on the grid as it is, columns in `order`; `upper` is U of that order."""
         torch = self.torch
-        order = torch.argsort(self.hessian.diagonal(), descending=True, stable=True)
-        factor = torch.linalg.cholesky(self.hessian[order][:, order])
-        inverse = torch.cholesky_inverse(factor)
-        upper = torch.linalg.cholesky(inverse, upper=True).float()  # U^T U = H^-1
         w = self.target[order]
         places = order.tolist()
         for start in range(0, self.k, SEGMENT):
