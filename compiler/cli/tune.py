@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
         raise QccError(f"-o {out}: there is no folder {out.parent}")
     if args.tokens < 1:
         raise QccError(f"--tokens {args.tokens}: must be 1 or more")
-    tuning, fixed = _tune(args, Steps())
+    tuning, fixed, text = _tune(args, Steps())
     bits = tuning.bits_per_weight(tuning.chosen)
-    about = f"tuned for {Path(args.model).name}: {bits:.3f} bits a weight"
+    about = f"tuned for {Path(args.model).name}: {bits:.3f} bits a weight; measured on {text}"
     write_file(out, scheme_text(scheme_data(tuning, fixed, about)))
     picture = out.with_suffix(".html")
     write_file(picture, page(tuning, f"qcc tune: {Path(args.model).name}", about))
@@ -92,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace, steps: Any) -> Any:
-    """(Tuning, the scheme of what is not tuned)."""
-
+    """(Tuning, the scheme of what is not tuned, the text that it was measured on)."""
     from qcc.compiler.build import weight_specs
     from qcc.compiler.calibrate.text import text_of_file, text_of_model
     from qcc.compiler.cli._divergence import Divergence
@@ -115,6 +114,11 @@ def _tune(args: argparse.Namespace, steps: Any) -> Any:
     with open_checkpoint(source, options) as checkpoint:
         plan = make_plan(source, options, DEFAULT_CHUNK)
         specs = weight_specs(plan)
+        if args.lm_head is not None and all(spec.role != "lm_head" for spec in specs):
+            raise QccError(
+                "--lm-head: the model has no lm_head of its own, it multiplies by its embedding; "
+                "give --embedding FORMAT"
+            )
         fixed = {role for role in ("embedding", "lm_head") if getattr(args, role) is not None}
         units = _units(specs, checkpoint, fixed, args.fused)
         formats = _formats(args.formats, plan.scheme.dtype)
@@ -125,7 +129,9 @@ def _tune(args: argparse.Namespace, steps: Any) -> Any:
         context = min(plan.config.max_position_embeddings, 512)
         with steps.step("Read the text") as step:
             if args.calib == "self":
-                text = text_of_model(source, checksum(source), context, checkpoint=checkpoint)
+                text = text_of_model(
+                    source, checksum(source), context, args.tokens, checkpoint=checkpoint
+                )
             else:
                 text = text_of_file(source, args.calib, context)
             step.note = text.name
@@ -154,7 +160,8 @@ def _tune(args: argparse.Namespace, steps: Any) -> Any:
                 lambda done, total: steps.count("Measure allocations", done, total, "allocations"),
                 small if args.curve is None else args.curve,
             )
-    return found, plan.scheme
+    name = "text that the model sampled" if args.calib == "self" else text.name
+    return found, plan.scheme, f"{divergence.tokens:,} tokens of {name}"
 
 
 def _units(

@@ -40,7 +40,7 @@ def page(report: Report) -> str:
         *(
             part
             for item, name in zip(report.evaluations, names, strict=True)
-            for part in _details(item, name)
+            for part in _folded(item, name, len(names) == 1)
         ),
         *_protocol(report),
     ]
@@ -154,6 +154,14 @@ def _tick(name: str) -> str:
     """embedding -> emb, "layer 12 and norm" -> 12."""
     words = name.split()
     return words[1] if words[0] == "layer" else "emb"
+
+
+def _folded(item: Evaluation, name: str, alone: bool) -> Iterable[str]:
+    """The details of an artifact, open only where it is the only one."""
+    if item.layers or item.tensors:
+        yield f"<details{' open' if alone else ''}><summary>{escape(name)}: details</summary>"
+        yield from _details(item, name)
+        yield "</details>"
 
 
 def _details(item: Evaluation, name: str) -> Iterable[str]:

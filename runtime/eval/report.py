@@ -127,7 +127,8 @@ class Report:
         if theirs is not None:
             yield f"perplexity of the reference: {theirs:.4f}"
         for item in self.evaluations:
-            yield from _details(item)
+            # Of several artifacts the comparison shall stay on the screen.
+            yield from _details(item, len(self.evaluations) == 1)
         for item in self.evaluations:
             yield from (f"warning: {item.artifact}: {text}" for text in item.warnings)
         yield from (f"note: {text}" for text in self.notes)
@@ -181,10 +182,10 @@ def _aligned(cells: Sequence[Sequence[str]], left: int) -> Iterable[str]:
         yield "  ".join(padded).rstrip()
 
 
-def _details(item: Evaluation) -> Iterable[str]:
-    """The tables of one artifact: its worst tensors, its layers."""
-    if item.tensors:
-        measured = item.tensors[0].share is not None
+def _details(item: Evaluation, alone: bool) -> Iterable[str]:
+    """The tables of one artifact: its worst tensors where measured or `alone`, its layers."""
+    measured = bool(item.tensors) and item.tensors[0].share is not None
+    if item.tensors and (measured or alone):
         order = sorted(item.tensors, key=lambda t: -((t.share or 0.0) if measured else t.error))
         yield ""
         what = "share of the damage" if measured else "relative error"

@@ -39,6 +39,7 @@ svg text{fill:var(--ink)} svg .quiet{fill:var(--quiet)}
 .key{display:inline-block;width:10px;height:10px;border-radius:3px;background:var(--c);
  margin-right:7px}
 .wide{overflow-x:auto}
+details{margin-top:26px} summary{cursor:pointer;font-weight:600}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{padding:5px 12px 5px 0;border-bottom:1px solid var(--rule);text-align:left;
  white-space:nowrap}
