@@ -72,7 +72,7 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
         tokens = fitting_vocabulary(source, plan.config).size
         plan = dataclasses.replace(plan, active_vocab_size=tokens)
         method = plan.scheme.method if options.method is None else options.method
-        find_method(method)
+        calibrated = method if find_method(method).needs_text else None
         if options.lm_head is not None and all(spec.role != "lm_head" for spec in specs):
             raise QccError(
                 "--lm-head: the model has no lm_head of its own, it multiplies by its embedding; "
@@ -81,7 +81,10 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
         positions = plan.config.max_position_embeddings
         check_text(method, checkpoint.folder, specs, options.calibration, positions)
         step.note = f"{plan.config.model_type}, {_parameters(specs):,} parameters"
-    for note in (context_note(options.sizes, plan.sizes), *import_notes(checkpoint, specs)):
+    for note in (
+        context_note(options.sizes, plan.sizes),
+        *import_notes(checkpoint, specs, calibrated),
+    ):
         if note:
             steps.line(f"  {note}")
     with checkpoint, ThreadPoolExecutor(1) as pool, staging(out) as work, ExitStack() as held:
@@ -203,7 +206,7 @@ def choose_scheme(
     if options.quant is None and checkpoint is not None and checkpoint.label:
         scheme = source_scheme(checkpoint, architecture)
     else:
-        scheme = load_scheme(options.quant or DEFAULT_QUANT)
+        scheme = load_scheme(DEFAULT_QUANT if options.quant is None else options.quant)
     return scheme.changed(options.rules, options.embedding, options.lm_head)
 
 

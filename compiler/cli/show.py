@@ -68,6 +68,8 @@ def _artifact(folder: Path) -> dict[str, Any]:
         "source": dict(manifest.source),
         "scheme": manifest.scheme,
         "method": manifest.method,
+        "calibration": (manifest.calibration or {}).get("asked"),
+        "activations": None if manifest.activations == "none" else manifest.activations,
         "stored_bytes": weights,
         "sizes": dict(manifest.sizes),
         "libraries": libraries,

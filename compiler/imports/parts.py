@@ -61,13 +61,19 @@ class _Tally:
     why: str = ""
 
 
-def import_notes(checkpoint: Checkpoint, specs: Sequence[WeightSpec]) -> list[str]:
-    """One line each: which codes are kept, what rounding their scales does, what is made anew."""
+def import_notes(
+    checkpoint: Checkpoint, specs: Sequence[WeightSpec], calibrated: str | None = None
+) -> list[str]:
+    """One line each: which codes are kept, what rounding their scales does, what is made anew.
+
+    `calibrated` names a method that chooses the codes of all but the embedding by a text.
+    """
     tallies: dict[str, _Tally] = {}
     formats: Counter[str] = Counter()
     error = total = 0.0
     for spec in specs:
-        keeps = _is_kept(checkpoint, spec)
+        chosen = calibrated is not None and spec.role != "embedding"
+        keeps = _is_kept(checkpoint, spec) and not chosen
         for source in spec.sources:
             origin = checkpoint.origin(source.name)
             if origin is None or (origin.format is None and origin.near is None):
@@ -82,7 +88,11 @@ def import_notes(checkpoint: Checkpoint, specs: Sequence[WeightSpec]) -> list[st
                     error, total = error + added[0], total + added[1]
             elif not spec.format.is_float:
                 tally.anew += 1
-                tally.why = origin.why or f"{_described(spec.format)} is asked for"
+                tally.why = (
+                    f"{calibrated} chooses codes anew"
+                    if chosen
+                    else origin.why or f"{_described(spec.format)} is asked for"
+                )
     notes = []
     if formats:
         named = ", ".join(f"{count} {what}" for what, count in formats.most_common())

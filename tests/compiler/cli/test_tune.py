@@ -88,7 +88,7 @@ def test_target_bytes_counts_all_that_is_stored(
             "the target is 0.07 bits a weight; with these formats",
         ),
         (
-            ["--target-bytes", "1K", "--lm-head", "8/32", "--embedding", "8/32"],
+            ["--target-bytes", "1K", "--embedding", "8/32"],
             "--target-bytes 1K: what is not tuned alone takes 24,932 bytes",
         ),
         (["--target-bytes", ""], "--target-bytes '': a number of bytes"),
@@ -96,6 +96,7 @@ def test_target_bytes_counts_all_that_is_stored(
         (["--target-bpw", "4", "--formats", "float"], "--formats 'float': give quantized formats"),
         (["--target-bpw", "4", "--formats", ","], "--formats ',': give quantized formats"),
         (["--target-bpw", "4", "--embedding", "4/33"], "--embedding: format: group 33"),
+        (["--target-bpw", "4", "--lm-head", "8/32"], "--lm-head: the model has no lm_head of its"),
         (["--target-bpw", "4", "--tokens", "0"], "--tokens 0: must be 1 or more"),
         (["--target-bpw", "4", "-o", "scheme.txt"], "-o scheme.txt: a scheme file ends in .yaml"),
         (

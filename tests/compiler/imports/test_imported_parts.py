@@ -152,6 +152,18 @@ def test_f32_scales_are_exact_and_f16_scales_are_measured(opened: Any) -> None:
     assert len(notes) == 2
 
 
+def test_codes_that_a_text_chooses_are_not_said_to_be_kept(opened: Any) -> None:
+    """A calibration makes all codes anew but the embedding's."""
+    checkpoint, numbers, _ = opened
+    spec, _ = attention(numbers, Q4_K, ("q_proj",))
+    assert import_notes(checkpoint, [spec])[0].startswith("codes kept")
+    assert import_notes(checkpoint, [spec], "gptq") == [
+        "warning: requantized, which loses quality: tensors 1 Q4_K (Q4_K: gptq chooses codes anew)"
+    ]
+    table = replace(spec, role="embedding")
+    assert import_notes(checkpoint, [table], "gptq")[0].startswith("codes kept")
+
+
 def test_what_is_asked_otherwise_is_requantized(opened: Any) -> None:
     """Other bits, mixed sources, a type that no format represents: no parts, and a warning."""
     checkpoint, numbers, _ = opened
