@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -65,23 +66,36 @@ def check_text(
     """Refuse a text file that `choose_codes` could not use, before anything is built.
 
     Raises:
-        QccError: as `text_of_file`; or the model has experts, which no text calibrates.
+        QccError: as `text_of_file`; or no text calibrates the model.
     """
     if calibration.tokens is not None and calibration.tokens < MIN_TOKENS:
         raise QccError(f"--calib-tokens {calibration.tokens}: must be {MIN_TOKENS} or more")
     if not str(calibration.text):
         raise QccError("--calib: give a FILE, or self")
-    if _wants_text(find_method(name), specs) and any(spec.whole for spec in specs):
+    if not _wants_text(find_method(name), specs):
+        return
+    if reason := why_no_text(specs):
         raise QccError(
-            f"{folder}: a mixture of experts is not calibrated, as few tokens of a text reach each "
-            "of them; use a method without text (--method rtn, mse or hqq) and no static scales of "
-            "activations"
+            f"{folder}: {reason}; use a method without text (--method rtn, mse or hqq) and no "
+            "static scales of activations"
         )
-    if calibration.text != "self" and _wants_text(find_method(name), specs):
+    if calibration.text != "self":
         from qcc.compiler.calibrate.text import text_of_file
 
         context = min(max_positions, CONTEXT)
         text_of_file(folder, calibration.text, context, _tokens(specs, calibration))
+
+
+def why_no_text(specs: Sequence[WeightSpec]) -> str | None:
+    """Why no text chooses the codes of a model with these weights; None: one may."""
+    if any(spec.whole for spec in specs):
+        return "a mixture of experts is not calibrated, as few tokens of a text reach each of them"
+    # A tensor of which two weights are made: their inputs are not those of its layer.
+    users = Counter(source.name for spec in specs for source in spec.sources)
+    for name, count in users.most_common(1):
+        if count > 1:
+            return f"latent attention takes {name!r} apart, so its inputs are not known"
+    return None
 
 
 def asked_text(name: str, specs: Sequence[WeightSpec], calibration: Calibration) -> str | None:

@@ -225,6 +225,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def static_scheme(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A scheme file: 8 bits a row, and scales of the layers' inputs from calibration text."""
+    path = tmp_path_factory.mktemp("schemes") / "static.yaml"
+    lines = ["dtype: float16", *(f"{part}: 8/row" for part in ("linear", "embedding", "lm_head"))]
+    path.write_text("\n".join([*lines, "method: mse", "activations: static"]))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def hugging_face() -> Callable[[Path], Any]:
     """hugging_face(folder): transformers' model in f32 with eager attention; do not change it."""
     import torch

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,6 @@ class _Calibration:
         checkpoint: Checkpoint | None,
         device: str | None,
     ) -> None:
-        _refuse_shared(specs, folder)
         self.model = LayerwiseModel(folder, checkpoint, device)
         self.model.use_fast_attention()
         self.method = method
@@ -250,14 +248,3 @@ class _Calibration:
 
     def _size(self, specs: Sequence[WeightSpec]) -> int:
         return sum(math.prod(spec.shape) for spec in specs)
-
-
-def _refuse_shared(specs: Sequence[WeightSpec], folder: Path | str) -> None:
-    """Refuse a tensor of which two weights are made: their inputs are not those of its layer."""
-    users = Counter(source.name for spec in specs for source in spec.sources)
-    name, count = users.most_common(1)[0]
-    if count > 1:
-        raise QccError(
-            f"{folder}: latent attention takes {name!r} apart, so its inputs are not known; choose "
-            "a method that needs no text, as mse or hqq, and no scheme with activations: static"
-        )

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         raise QccError(f"-o {out}: there is no folder {out.parent}")
     if args.tokens < MIN_TOKENS:
         raise QccError(f"--tokens {args.tokens}: must be {MIN_TOKENS} or more")
-    tuning, fixed, tokens, text = _tune(args, Steps())
+    tuning, fixed, tokens, text, method = _tune(args, Steps())
     bits = tuning.bits_per_weight(tuning.chosen)
     about = f"tuned for {Path(args.model).name}: {bits:.3f} bits a weight; measured on {tokens:,} "
     about += "tokens that the model sampled" if text.name == "self" else f"tokens of {text.name}"
@@ -90,16 +90,17 @@ def run(args: argparse.Namespace) -> int:
     write_file(picture, page(tuning, f"qcc tune: {Path(args.model).name}", about))
     print("\n".join(lines(tuning)))
     print(f"\n{out}: {bits:.3f} bits a weight, KL {tuning.chosen.divergence:.5f}; {picture}: curve")
-    print(f"use it: qcc compile {args.model} --quant {out} --method gptq -o DIR")
+    print(f"use it: qcc compile {args.model} --quant {out}{method} -o DIR")
     return 0
 
 
 def _tune(args: argparse.Namespace, steps: Any) -> Any:
-    """(Tuning, the scheme of what is not tuned, tokens that were measured on, their text)."""
+    """(Tuning, scheme of what is not tuned, tokens that were measured on, their text, --method)."""
     from qcc.compiler.build import weight_specs
     from qcc.compiler.calibrate.text import text_of_file, text_of_model
     from qcc.compiler.cli._divergence import Divergence
     from qcc.compiler.cli._swap import SwappableModel
+    from qcc.compiler.codes import why_no_text
     from qcc.compiler.driver import DEFAULT_CHUNK, make_plan, open_checkpoint
     from qcc.compiler.options import CompileOptions
     from qcc.compiler.source import checksum, locate
@@ -163,7 +164,8 @@ def _tune(args: argparse.Namespace, steps: Any) -> Any:
                 lambda done, total: steps.count("Measure allocations", done, total, "allocations"),
                 small if args.curve is None else args.curve,
             )
-    return found, plan.scheme, divergence.tokens, text
+    method = "" if why_no_text(specs) else " --method gptq"
+    return found, plan.scheme, divergence.tokens, text, method
 
 
 def _units(

@@ -26,6 +26,8 @@ MIXTURES = [
     if any("expert" in key for key in case.config)
 ]
 ONE = [each for each in MIXTURES if each.id == "mixtral"]
+MIXTRAL = next(case for case in CASES if case.name == "mixtral")
+LATENT = next(case for case in CASES if case.name == "minicpm3")
 
 
 @pytest.mark.parametrize("case", ONE, indirect=True)
@@ -101,16 +103,26 @@ def test_rules_for_experts(original: Original) -> None:
         bits(("*.block_sparse_moe.gate.weight", "8/32"))
 
 
-@pytest.mark.parametrize("case", ONE, indirect=True)
 @pytest.mark.parametrize(
-    "asked", [("q4f16_1", "--method", "gptq"), ("q8f16_c_s8",)], ids=lambda asked: asked[-1]
+    ("case", "reason"),
+    [
+        (MIXTRAL, "a mixture of experts is not calibrated"),
+        (LATENT, "latent attention takes 'model.layers.0.self_attn.kv_b_proj.weight' apart"),
+    ],
+    indirect=["case"],
+    ids=["mixtral", "minicpm3"],
 )
-def test_experts_are_not_calibrated(
-    original: Original, cli: Any, tmp_path: Path, asked: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize(
+    "asked", [("q4f16_1", "--method", "gptq"), ("static",)], ids=lambda asked: asked[-1]
+)
+def test_what_is_not_calibrated(
+    original: Original, cli: Any, static_scheme: str, tmp_path: Path, asked: tuple[str, ...],
+    reason: str,
+) -> None:  # fmt: skip
     """It is said in one line, before anything is built."""
+    asked = (static_scheme,) if asked == ("static",) else asked
     error = cli("compile", original.folder, "-o", tmp_path / "o", "--quant", *asked).error()
-    assert "a mixture of experts is not calibrated" in error and "--method rtn" in error
+    assert reason in error and "--method rtn" in error
     assert not (tmp_path / "o").exists()
 
 

@@ -42,7 +42,7 @@ def test_convert_refuses(refused: Any, flags: list[str], text: str) -> None:
     assert text in refused(*flags)
 
 
-@pytest.mark.parametrize("quant", [["--method", "gptq"], ["--quant", "q8f16_c_s8"]])
+@pytest.mark.parametrize("quant", [["--method", "gptq"], ["--quant", "static"]])
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -54,9 +54,11 @@ def test_convert_refuses(refused: Any, flags: list[str], text: str) -> None:
     ],
 )
 def test_calibration_text(
-    refused: Any, tmp_path: Path, monkeypatch: Any, quant: Any, content: bytes | None, text: str
-) -> None:
+    refused: Any, static_scheme: str, tmp_path: Path, monkeypatch: Any, quant: list[str],
+    content: bytes | None, text: str,
+) -> None:  # fmt: skip
     """Before a library is built, which takes longer."""
+    quant = [static_scheme if word == "static" else word for word in quant]
     monkeypatch.setattr("qcc.compiler.driver.build_library", None)
     path = tmp_path / "text.txt"
     if content is not None:

@@ -78,13 +78,15 @@ def test_a_fused_weight_of_two_formats_is_read_apart(checkpoint: Any, tmp_path: 
     assert relative_error(wanted[name], found[name]) == pytest.approx(errors[name], rel=1e-6)
 
 
-def test_scales_of_inputs_are_no_part_of_a_weight(checkpoint: Any, tmp_path: Path) -> None:
+def test_scales_of_inputs_are_no_part_of_a_weight(
+    checkpoint: Any, static_scheme: str, tmp_path: Path
+) -> None:
     """A static scheme's weights are those of the same scheme without; its norms are still f16."""
     from qcc.compiler.options import Calibration, CompileOptions
 
     model, text = checkpoint("llama"), tmp_path / "text.txt"
     text.write_text("Once upon a time there was a text. " * 10)
-    options = CompileOptions(quant="q8f16_c_s8", calibration=Calibration(str(text)))
+    options = CompileOptions(quant=static_scheme, calibration=Calibration(str(text)))
     folder = convert_model(str(model), tmp_path / "static", options)
     static = StoredWeights.open(Artifact.open(folder), Original(model))
     plain = converted(model, "q8f16_c", tmp_path / "plain")

@@ -235,14 +235,14 @@ rules:
 """
 
 
-@pytest.mark.parametrize("case", ["shipped", "apart"])
+@pytest.mark.parametrize("case", ["whole", "apart"])
 def test_static_activations(
     case: str, folder: Path, checkpoint: Any, contract: Any, hugging_face: Any, logits_of: Any,
-    some_ids: Any, tolerance: float, tmp_path: Path,
+    some_ids: Any, static_scheme: str, tolerance: float, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Scales are the largest inputs on the text / 127; then as for dynamic ones.
 
-    "shipped": a method that needs no text, biases, an untied head. "apart": one that needs it,
+    "whole": a method that needs no text, biases, an untied head. "apart": one that needs it,
     sources of a fused weight with a scale each, a tied head, whose input is not rounded.
     """
     from qcc.compiler.driver import compile_model
@@ -250,7 +250,7 @@ def test_static_activations(
     from qcc.runtime import LLM
     from qcc.runtime.artifact import Artifact
 
-    scheme = "q8f16_c_s8"
+    scheme = static_scheme
     if case == "apart":
         folder, scheme = checkpoint("llama"), str(tmp_path / "static.yaml")
         Path(scheme).write_text(STATIC)
@@ -271,7 +271,7 @@ def test_static_activations(
             (spec,) = (spec for spec in reference.specs if spec.name == weight)
             for source in spec.sources:
                 scales[source.name.removesuffix(".weight")] = artifact.read(name)[0]
-    assert scales.keys() == linear - left and len(left) == {"shipped": 0, "apart": 3}[case]
+    assert scales.keys() == linear - left and len(left) == {"whole": 0, "apart": 3}[case]
 
     # The embedding is rounded after the calibration; norms and v_proj lose bits to f16.
     table = "model.embed_tokens.weight"

@@ -32,8 +32,9 @@ from qcc.runtime.errors import QccError
 LENGTHS = (60, 17, 33)
 
 
-def specs_of(folder: Path) -> tuple[WeightSpec, ...]:
-    return weight_specs(make_plan(folder, CompileOptions(quant="q8f16_c_s8"), 64))
+@pytest.fixture
+def specs_of(static_scheme: str) -> Callable[[Path], tuple[WeightSpec, ...]]:
+    return lambda folder: weight_specs(make_plan(folder, CompileOptions(quant=static_scheme), 64))
 
 
 def nearest(weights: Array, fmt: WeightFormat, inputs: Inputs | None) -> Quantized:
@@ -68,8 +69,9 @@ def largest_inputs(folder: Path, windows: Sequence[Sequence[int]], changed: Any)
 
 @pytest.mark.parametrize("arch", ["gpt_neox", "llama"])
 def test_largest_inputs_of_the_quantized_model(
-    arch: str, checkpoint: Any, some_ids: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    arch: str, checkpoint: Any, specs_of: Any, some_ids: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """GPT-NeoX: permuted rows, an untied head. Llama: a tied head, which has no scale."""
     monkeypatch.setattr(states, "BATCH_TOKENS", 64)
     folder = checkpoint(arch)
@@ -97,7 +99,7 @@ def test_largest_inputs_of_the_quantized_model(
 
 
 def test_an_interrupted_run_keeps_its_scales(
-    checkpoint: Any, some_ids: Any, tmp_path: Path
+    checkpoint: Any, specs_of: Any, some_ids: Any, tmp_path: Path
 ) -> None:
     """The finished layer is not rounded again, and its scales are the same."""
     folder, windows = checkpoint("llama"), [some_ids(40)]
@@ -136,7 +138,7 @@ def test_inputs_that_are_no_numbers() -> None:
 
 
 def test_codes_of_another_tool_are_kept(
-    checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Any, specs_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Beside the scale of their inputs; a method that needs no text rounds the embedding too."""
     folder = checkpoint("llama")

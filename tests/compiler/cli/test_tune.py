@@ -47,6 +47,7 @@ def test_tune_end_to_end(cli: Any, checkpoint: Any, text: Path, tmp_path: Path) 
     assert float(chosen[0]) <= 5.5
     below = [float(words[1]) for words in uniform if float(words[0]) <= float(chosen[0])]
     assert below and float(chosen[1]) <= min(below)
+    assert lines[-1] == f"use it: qcc compile {model} --quant {out} --method gptq -o DIR"
     # What it leaves is taken, and takes as many bits as the table says.
     ran = cli("convert", model, "--quant", out, "-o", tmp_path / "out")
     assert ran.status == 0, ran.err
