@@ -5,6 +5,8 @@ row, numbers that turn a code into a weight:
     symmetric    w' = (q - zero) * s             q_weight, q_scale
     asymmetric   w' = q * s + b                  q_weight, q_scale, q_bias
     zero_point   w' = (q - z) * s                q_weight, q_scale, q_zero
+    mxfp4        w' = fp4(q) * 2^(c - 127)       q_weight, q_scale (c, 8 bits)
+where fp4 is the 4-bit float of the OCP's MX formats: sign, 2 bits of exponent, 1 of mantissa.
 With `scale_bits` the scales (and biases) are themselves codes under one number for each block of
 BLOCK columns:
     symmetric    s = S * (c - 2^(scale_bits-1))  q_weight, q_scale (c), q_block_scale (S)
@@ -27,7 +29,8 @@ CODE_BITS = (2, 3, 4, 5, 6, 8)
 SCALE_BITS = (4, 5, 6, 8)
 MIN_GROUP, MAX_GROUP = 8, 1024
 BLOCK = 256  # columns under one block scale
-GRIDS = ("symmetric", "asymmetric", "zero_point")
+GRIDS = ("symmetric", "asymmetric", "zero_point", "mxfp4")
+MXFP4 = (4, 32, 8)  # bits, group, scale_bits of that grid
 LAYOUTS = ("NK", "KN")
 SPARSE = (3, 40)  # (bits, group) of the contract whose words leave their top bits unused
 UNIT = 32  # codes of a dense stream that end at a word's end, whatever their bits
@@ -93,7 +96,10 @@ class WeightFormat:
                 found.append(f"zero {self.zero} belongs to a symmetric grid, not {self.grid}")
             elif not 0 <= self.zero < 2**self.bits:
                 found.append(f"zero {self.zero} is no code of {self.bits} bits")
-        if self.scale_bits is not None:
+        if self.grid == "mxfp4":
+            if (self.bits, group, self.scale_bits) != MXFP4:
+                found.append("grid mxfp4: it has bits 4, group 32 and scale_bits 8, no others")
+        elif self.scale_bits is not None:
             if self.scale_bits not in SCALE_BITS:
                 found.append(f"scale_bits {self.scale_bits} is not one of {SCALE_BITS}")
             if self.grid == "zero_point":
@@ -110,14 +116,16 @@ class WeightFormat:
     @property
     def is_contract(self) -> bool:
         """Whether codes and scales are those of CONTRACTS section 1's first formula."""
-        return not self.is_float and self == WeightFormat(
-            self.bits, self.dtype, self.group, self.layout
+        return not self.is_float and (self.grid, self.zero, self.scale_bits) == (
+            "symmetric",
+            None,
+            None,
         )
 
     @property
     def two_level(self) -> bool:
         """Whether scales are codes under block scales."""
-        return self.scale_bits is not None
+        return self.scale_bits is not None and self.grid != "mxfp4"
 
     @property
     def zero_code(self) -> int:
@@ -178,7 +186,8 @@ class WeightFormat:
             found.append(("q_scale", n, words, "uint32"))
             if self.grid == "asymmetric":
                 found.append(("q_bias", n, words, "uint32"))
-            found.append(("q_block_scale", n, blocks, self.dtype))
+            if self.two_level:
+                found.append(("q_block_scale", n, blocks, self.dtype))
             if self.grid == "asymmetric":
                 found.append(("q_block_bias", n, blocks, self.dtype))
         order = -1 if self.layout == "KN" else 1
@@ -231,6 +240,12 @@ class StoredPart:
     def nbytes(self) -> int:
         """Size in bytes."""
         return ITEMSIZE[self.dtype] * prod(self.shape)
+
+
+def mxfp4(dtype: str, layout: str = "NK") -> WeightFormat:
+    """The OCP's MXFP4; `dtype`, of a scheme's other numbers, says nothing here."""
+    bits, group, scale_bits = MXFP4
+    return WeightFormat(bits, dtype, group, layout, "mxfp4", None, scale_bits)
 
 
 def float_format(dtype: str) -> WeightFormat:

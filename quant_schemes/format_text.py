@@ -6,6 +6,7 @@ float                 not quantized
 3/16k  4/32k          asymmetric with two-level scales: of 6 bits from 4 bits and group 32 on,
                       else of 4; 2/32k6: of as many as named
 4/32s                 symmetric with two-level scales of either sign, which use all codes
+mxfp4                 4-bit floats under a power of two for each 32 columns, as gpt-oss has them
 q8f16_1               as the linear layers of a shipped scheme without other rules
 """
 
@@ -17,10 +18,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qcc.quant_schemes.errors import SchemeError, did_you_mean
-from qcc.quant_schemes.format import MAX_GROUP, WeightFormat, float_format
+from qcc.quant_schemes.format import MAX_GROUP, WeightFormat, float_format, mxfp4
 
-FORMAT_HELP = "FORMAT: bits/group as 4/32, 4/64a (asymmetric), 2/16k (two-level), 8/row; a uniform "
-FORMAT_HELP += "scheme as q8f16_1; or float"
+FORMAT_HELP = "FORMAT: bits/group as 4/32, 4/64a (asymmetric), 2/16k (two-level), 8/row; mxfp4; a "
+FORMAT_HELP += "uniform scheme as q8f16_1; or float"
 _TEXT = re.compile(r"(\d)/(\d{1,5}|row|tensor)(a|[ks]\d?)?", re.ASCII)
 _KEYS = {"bits", "group", "layout", "grid", "zero", "scale_bits", "dtype"}
 
@@ -46,6 +47,8 @@ def format_of_text(
     """
     if text == "float":
         return float_format(dtype)
+    if text == "mxfp4":
+        return mxfp4(dtype)
     found = _TEXT.fullmatch(text)
     if not found:
         named = scheme_format(text)
@@ -123,9 +126,11 @@ def shown(value: Any) -> str:
 
 
 def text_of(fmt: WeightFormat) -> str:
-    """A format in few letters, as FORMAT: float, 4/32, 3/32a, 2/16k; z: zero points."""
+    """A format in few letters, as FORMAT: float, mxfp4, 4/32, 3/32a, 2/16k; z: zero points."""
     if fmt.is_float:
         return "float"
+    if fmt.grid == "mxfp4":
+        return "mxfp4"
     kind = {"asymmetric": "a", "zero_point": "z"}.get(fmt.grid, "")
     if fmt.scale_bits is not None:
         assert isinstance(fmt.group, int)

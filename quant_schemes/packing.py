@@ -11,6 +11,8 @@ The contract's 3 bits in groups of 40 alone put 10 codes in a word and leave its
          q_scale        uint32[n, ceil(g*scale_bits / 32)]   a stream of scale codes
          q_bias         uint32[n, ceil(g*scale_bits / 32)]   a stream of bias codes
          q_block_scale, q_block_bias   dtype[n, ceil(k/256)]
+    mxfp4:
+         q_scale        uint32[n, ceil(g*8 / 32)]         a stream of exponents
     KN:  all of them transposed
 How codes are chosen is the business of rounding/.
 """
@@ -25,6 +27,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from qcc.quant_schemes import mxfp4
 from qcc.quant_schemes.format import BLOCK, UNIT, WeightFormat, stream_words
 
 Array = npt.NDArray[Any]
@@ -41,7 +44,7 @@ class Grid:
 
     `scale` and `bias`: fmt.dtype[n, groups], or with two-level scales uint8[n, groups] codes under
     `block_scale` and `block_bias` fmt.dtype[n, blocks]. `zero` uint8[n, groups]. One row instead of
-    n where the group is the tensor.
+    n where the group is the tensor. The scales of mxfp4 are their exponents, uint8[n, groups].
     """
 
     scale: Array
@@ -73,6 +76,7 @@ class Grid:
         For a symmetric grid the bias is -zero * scale.
         """
         scale, bias = self.scale.astype(np.float32), self.bias
+        assert fmt.grid != "mxfp4", "its codes are no multiples of a scale"
         if fmt.scale_bits is not None:
             scale = (scale - np.float32(fmt.scale_zero)) * self._spread(self.block_scale, fmt)
         if fmt.grid == "asymmetric":
@@ -243,6 +247,9 @@ def dequantize_codes(weight: Quantized, fmt: WeightFormat, dtype: str = "float32
         numbers: Array = small * per_group[:, : codes.shape[1]]
         return numbers
 
+    if fmt.grid == "mxfp4":
+        exact: Array = mxfp4.numbers(weight.codes) * wide(mxfp4.powers(grid.scale))
+        return exact.astype(out)
     two = fmt.two_level
     scale = of_blocks(grid.scale, fmt.scale_zero, grid.block_scale) if two else grid.scale
     scale = wide(scale.astype(out))
@@ -302,6 +309,10 @@ def dequantize_expr(
     # A Python int takes the dtype of the index: FuseTIR refuses a mix of int32 and int64.
     group = tirx.floordiv(k, fmt.group_size(row_length))
     q = code("q_weight", n, k, fmt.bits, fmt.sparse_words)
+    if fmt.grid == "mxfp4":
+        exponent = code("q_scale", row, group, 8).astype("uint32")
+        number = mxfp4.number_expr(q.astype("uint32")) * mxfp4.power_expr(exponent)
+        return number.astype(dtype)
     if fmt.two_level:
         scale = of_block("q_scale", fmt.scale_zero, "q_block_scale")
     else:

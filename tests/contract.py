@@ -130,6 +130,10 @@ def weights_of(parts: dict[str, Any], fields: dict[str, Any], k: int) -> Any:
         codes = codes_of(parts[suffix], groups, two) - base
         return codes * parts[suffix.replace("q_", "q_block_")][:, np.arange(groups) * size // 256]
 
+    if grid == "mxfp4":
+        size = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[(q % 8).astype(int)]
+        exponents = codes_of(parts["q_scale"], groups, two)[:, column] - 127
+        return (np.where(q < 8, size, -size) * 2.0**exponents).astype(np.float32)
     scale = numbers("q_scale", 2 ** (two - 1) if two and grid == "symmetric" else 0)[:, column]
     if grid == "asymmetric":
         return (q * scale + numbers("q_bias", 0)[:, column]).astype(np.float32)

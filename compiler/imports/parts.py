@@ -117,6 +117,8 @@ def _counts(of_kinds: Mapping[str, int]) -> str:
 
 def _described(fmt: WeightFormat) -> str:
     """A format in short: 4 bits, group 32, asymmetric, 6-bit scales under float16."""
+    if fmt.grid == "mxfp4":
+        return "[mxfp4]"
     words = [f"{fmt.bits} bits"]
     words.append(f"group {fmt.group}" if isinstance(fmt.group, int) else f"one scale a {fmt.group}")
     words.append(fmt.grid.replace("_", " "))
@@ -137,15 +139,22 @@ def _is_kept(checkpoint: Checkpoint, spec: WeightSpec) -> bool:
 def _serves(own: WeightFormat, asked: WeightFormat) -> bool:
     """Whether codes of format `own` are codes of `asked`, scales aside."""
     held = replace(own, layout=asked.layout, dtype=asked.dtype)
+    if own.grid == "mxfp4":
+        return asked == held
     return asked in (held, replace(held, scale_bits=None))
 
 
 def _is_rounded(own: WeightFormat | None, asked: WeightFormat) -> bool:
     """Whether `asked`, which `own` serves, holds scales with fewer digits."""
     assert own is not None
-    return asked.dtype != "float32" and (asked.dtype, asked.scale_bits) != (
-        own.dtype,
-        own.scale_bits,
+    return (
+        asked.dtype != "float32"
+        and own.grid != "mxfp4"
+        and (asked.dtype, asked.scale_bits)
+        != (
+            own.dtype,
+            own.scale_bits,
+        )
     )
 
 
@@ -153,6 +162,8 @@ def _held(checkpoint: Checkpoint, name: str, asked: WeightFormat) -> Quantized:
     """A tensor's codes with its scales as `asked` holds them."""
     own, found = checkpoint.format(name), checkpoint.quantized(name)
     assert own is not None
+    if own.grid == "mxfp4":
+        return found
     dtype, grid = float_dtype(asked.dtype), found.grid
     with np.errstate(over="ignore"):  # what becomes infinite is refused
         if not own.two_level:

@@ -10,6 +10,7 @@ to y. Without C, T is W. In order:
    is the upper Cholesky factor of H^-1;
 3. rounds in which each group's scale and bias, then each code, take their best value given all
    others (coordinate descent); no step raises the error.
+Codes of mxfp4 are no multiples of a scale: they are those of step 1.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def quantize(weights: Array, fmt: WeightFormat, inputs: Inputs | None = None) ->
             target = torch.empty_like(target)  # the caller's numbers stay
             target[:, order] = (upper.T @ (upper @ right)).T.float()
         importance = damped.diagonal().float().cpu().numpy()
+        if fmt.grid == "mxfp4":
+            return mse.search(target.cpu().numpy(), fmt, importance)
         found = mse.search_grid(target.cpu().numpy(), fmt, importance)
         state = _State(torch, target, found, fmt, damped)
         state.propagate(order, upper.float())

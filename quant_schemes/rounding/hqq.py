@@ -21,7 +21,7 @@ TURNS = 20
 
 def quantize(weights: Array, fmt: WeightFormat, _inputs: Inputs | None = None) -> Quantized:
     """Codes and grid of f32[n, k]."""
-    if fmt.group == "tensor" or fmt.grid == "zero_point":
+    if fmt.group == "tensor" or fmt.grid in ("zero_point", "mxfp4"):
         return mse.search(weights, fmt, None)
     rows = max(1, mse.CHUNK // weights.shape[1])
     return Quantized.concatenate(

@@ -14,7 +14,7 @@ import numpy as np
 
 from qcc.quant_schemes.format import WeightFormat
 from qcc.quant_schemes.packing import Array, Grid, Quantized
-from qcc.quant_schemes.rounding import grid
+from qcc.quant_schemes.rounding import grid, mxfp4
 from qcc.quant_schemes.rounding.method import Inputs, Method
 
 STEPS = 20  # steps tried around that which spans the whole range
@@ -31,6 +31,8 @@ def quantize(weights: Array, fmt: WeightFormat, _inputs: Inputs | None = None) -
 
 def search(weights: Array, fmt: WeightFormat, importance: Array | None) -> Quantized:
     """Codes and grid of f32[n, k]; `importance` f32[k] weighs the columns' errors, None: evenly."""
+    if fmt.grid == "mxfp4":
+        return mxfp4.quantize(weights, fmt, True, importance)
     return grid.nearest(weights, search_grid(weights, fmt, importance), fmt)
 
 

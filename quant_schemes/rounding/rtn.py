@@ -14,7 +14,7 @@ import numpy as np
 
 from qcc.quant_schemes.format import WeightFormat
 from qcc.quant_schemes.packing import Array, Grid, Quantized, float_dtype
-from qcc.quant_schemes.rounding import grid
+from qcc.quant_schemes.rounding import grid, mxfp4
 from qcc.quant_schemes.rounding.method import Inputs, Method
 
 
@@ -27,6 +27,8 @@ def quantize(weights: Array, fmt: WeightFormat, _inputs: Inputs | None = None) -
         weights: floating [n, k], finite also after rounding to the format's dtype.
         fmt: a quantized format.
     """
+    if fmt.grid == "mxfp4":
+        return mxfp4.quantize(weights.astype(np.float32), fmt, searched=False)
     if not fmt.is_contract:
         rows = weights.astype(np.float32)
         return grid.nearest(rows, grid.of_range(*grid.ranges(rows, fmt), fmt), fmt)

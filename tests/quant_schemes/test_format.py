@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qcc.quant_schemes.errors import SchemeError
-from qcc.quant_schemes.format import WeightFormat, float_format
+from qcc.quant_schemes.format import WeightFormat, float_format, mxfp4
 
 F16 = "float16"
 
@@ -76,6 +76,7 @@ def test_a_float_weight_is_stored_as_it_is() -> None:
         (WeightFormat(4, F16, 32, zero=0), 0, 15),
         (WeightFormat(4, F16, 32, grid="asymmetric"), 7, 15),
         (WeightFormat(4, F16, 32, grid="zero_point"), 7, 15),
+        (mxfp4(F16), 7, 15),
     ],
 )
 def test_codes(fmt: WeightFormat, zero: int, top: int) -> None:
@@ -91,6 +92,7 @@ def test_which_formats_are_the_contracts() -> None:
         WeightFormat(4, F16, 32, grid="asymmetric"),
         WeightFormat(4, F16, 32, scale_bits=6),
         WeightFormat(16, F16),
+        mxfp4(F16),
     ):
         assert not other.is_contract
 
@@ -105,6 +107,7 @@ def test_which_formats_are_the_contracts() -> None:
         WeightFormat(4, "float32", 32, zero=0),
         WeightFormat(3, "bfloat16", 16, grid="zero_point"),
         WeightFormat(2, F16, 16, grid="asymmetric", scale_bits=4),
+        mxfp4("bfloat16", "KN"),
     ],
 )
 def test_a_format_survives_its_dict(fmt: WeightFormat) -> None:
@@ -124,11 +127,15 @@ def test_a_format_survives_its_dict(fmt: WeightFormat) -> None:
         ({"group": 1032}, "group 1032 is not a multiple of 8 from 8 to 1024"),
         ({"group": "rows"}, "group 'rows' is neither a size nor 'row' nor 'tensor'"),
         ({"layout": "MN"}, "layout 'MN' is not one of NK, KN"),
-        ({"grid": "affine"}, "grid 'affine' is not one of symmetric, asymmetric, zero_point"),
+        (
+            {"grid": "affine"},
+            "grid 'affine' is not one of symmetric, asymmetric, zero_point, mxfp4",
+        ),
         ({"zero": 16}, "zero 16 is no code of 4 bits"),
         ({"zero": -1}, "zero -1 is no code of 4 bits"),
         ({"zero": 8, "grid": "asymmetric"}, "zero 8 belongs to a symmetric grid, not asymmetric"),
         ({"scale_bits": 7}, "scale_bits 7 is not one of (4, 5, 6, 8)"),
+        ({"grid": "mxfp4"}, "grid mxfp4: it has bits 4, group 32 and scale_bits 8, no others"),
         ({"scale_bits": 6, "grid": "zero_point"}, "two-level scales have no zero points"),
         ({"scale_bits": 6, "group": "row"}, "group row does not divide a block of 256"),
         ({"scale_bits": 6, "group": 24}, "group 24 does not divide a block of 256"),

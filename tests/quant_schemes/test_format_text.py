@@ -95,6 +95,7 @@ def test_a_mapping_says_more_than_a_text() -> None:
     found = format_of_dict(fields, F16, "x")
     assert found == WeightFormat(4, "float32", 32, "KN", "zero_point")
     assert text_of(found) == "4/32z"
+    assert text_of(format_of_text("mxfp4", F16, "x", uniform_format)) == "mxfp4"
     fields = {"bits": 4, "group": 32, "zero": 8}
     assert format_of_dict(fields, F16, "x") == WeightFormat(4, F16, 32, zero=8)
 

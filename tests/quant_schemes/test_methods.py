@@ -9,7 +9,7 @@ import pytest
 
 from qcc.quant_schemes import packing
 from qcc.quant_schemes.errors import SchemeError
-from qcc.quant_schemes.format import WeightFormat
+from qcc.quant_schemes.format import WeightFormat, mxfp4
 from qcc.quant_schemes.format_text import format_of_text, text_of
 from qcc.quant_schemes.rounding.method import Inputs, find_method, list_methods
 
@@ -42,6 +42,7 @@ def formats() -> list[WeightFormat]:
     ):
         found.append(WeightFormat(bits, "float16", group, "NK", grid, None, scale_bits))
     found.append(WeightFormat(2, "float32", 16, "KN", "asymmetric", None, 4))
+    found.append(mxfp4("float16"))
     return found
 
 
@@ -209,3 +210,23 @@ def test_methods_by_name() -> None:
     for name in ("grid", "method", "", "../mse"):
         with pytest.raises(SchemeError, match="unknown method"):
             find_method(name)
+
+
+def test_mxfp4_is_the_standards() -> None:
+    """rtn: floor(log2(max)) - 2, the nearest number, ties to the even code, cut at 6."""
+    w = np.zeros((2, 64), np.float32)
+    w[0, :8] = (7.9, 6.5, 0.25, -0.75, 1.25, -2.5, 5.0, 0.26)  # exponent 2: the unit is 1
+    w[0, 32:34] = (3.0e-39, 1e-41)  # below all exponents
+    w[1, :3] = (-0.75, 0.0625, 0.046875)  # exponent -1: 1/8
+    found = find_method("rtn").quantize(w, mxfp4("float32"), None)
+    assert found.grid.scale[:, 0].tolist() == [127, 124] and found.grid.scale[0, 1] == 0
+    read = packing.dequantize_codes(found, mxfp4("float32"))
+    assert read[0, :8].tolist() == [6, 6, 0, -1, 1, -2, 4, 0.5] and not read[0, 8:].any()
+    assert read[1, :3].tolist() == [-0.75, 0.0625, 0.0625] and not read[1, 3:].any()
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    rows = normal(5, 96)
+    found = find_method("rtn").quantize(rows, mxfp4("float32"), None)
+    unit = 2.0 ** (found.grid.scale.astype(float) - 127).repeat(32, axis=1)
+    distance = np.abs(np.abs(rows / unit)[..., None] - sizes)
+    np.testing.assert_array_equal(found.codes % 8, distance.argmin(axis=2))
+    np.testing.assert_array_equal(found.codes > 7, rows < 0)

@@ -11,7 +11,7 @@ import pytest
 
 from qcc.quant_schemes import packing
 from qcc.quant_schemes.errors import SchemeError
-from qcc.quant_schemes.format import WeightFormat
+from qcc.quant_schemes.format import WeightFormat, mxfp4
 from qcc.quant_schemes.packing import Grid, Quantized
 
 NUMPY = {"float16": np.float16, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -29,6 +29,8 @@ def cases() -> list[tuple[WeightFormat, int, int]]:
     found = [
         (WeightFormat(3, "float16", 40), 3, 172),
         (WeightFormat(3, "float32", 40, "KN"), 2, 41),
+        (mxfp4("float16"), 3, 172),
+        (mxfp4("float32", "KN"), 7, 33),
     ]
     while len(found) < 120:
         bits, grid = any_of((2, 3, 4, 5, 6, 8)), any_of(("symmetric", "asymmetric", "zero_point"))
@@ -54,6 +56,9 @@ def quantized(fmt: WeightFormat, n: int, k: int) -> Quantized:
     def numbers(count: int) -> Any:
         return rng.normal(0, 0.01, (rows, count)).astype(NUMPY[fmt.dtype])
 
+    if fmt.grid == "mxfp4":
+        exponents = rng.integers(1, 250, (rows, groups)).astype(np.uint8)
+        return Quantized(rng.integers(0, 16, (n, k)).astype(np.uint8), Grid(exponents))
     two, biased = fmt.scale_bits, fmt.grid == "asymmetric"
     grid = Grid(
         codes(two) if two else numbers(groups),
@@ -84,6 +89,10 @@ def weight_of(parts: dict[str, Any], fmt: WeightFormat, row: int, col: int, k: i
     sparse = (fmt.bits, fmt.group) == (3, 40)
     q = read(at["q_weight"][row], col, fmt.bits, sparse)
     grid_row = 0 if fmt.group == "tensor" else row
+    if fmt.grid == "mxfp4":
+        exponent, mantissa = q >> 1 & 3, q & 1
+        number = (1 + mantissa / 2) * 2.0 ** (exponent - 1) if exponent else mantissa / 2
+        return -number if q & 8 else number, 2.0 ** (read(at["q_scale"][row], group, 8) - 127), 0.0
     if fmt.scale_bits is None:
         scale = float(at["q_scale"][grid_row, group])
     else:
@@ -125,12 +134,16 @@ def test_stored_parts(case: int) -> None:
 
     found = packing.dequantize(parts, fmt, n, k, "float32")
     assert found.shape == (n, k) and found.dtype == np.float32
-    scale, bias = given.grid.numbers(fmt)
+    plain = fmt.grid != "mxfp4"
+    scale, bias = given.grid.numbers(fmt) if plain else (given.grid.scale, given.grid.scale)
     for row in range(n):
         for col in some_columns(k):
             q, s, b = weight_of(parts, fmt, row, col, k)
             # Three roundings of f32.
             assert abs(found[row, col] - (q * s + b)) <= 2e-7 * (abs(q * s) + abs(b))
+            if not plain:
+                assert found[row, col] == q * s
+                continue
             r, g = min(row, len(scale) - 1), col // fmt.group_size(k)
             exact, q = q * s + b, int(given.codes[row, col])
             in_f32 = float(q) * float(scale[r, g]) + float(bias[r, g])
@@ -150,7 +163,7 @@ def test_the_cases_cover_the_formats() -> None:
     formats = [fmt for fmt, _, _ in cases()]
     for name in ("bits", "dtype", "group", "layout", "grid", "scale_bits"):
         kinds = {getattr(fmt, name) for fmt in formats}
-        wanted = {"bits": 6, "dtype": 3, "group": 12, "layout": 2, "grid": 3, "scale_bits": 5}
+        wanted = {"bits": 6, "dtype": 3, "group": 12, "layout": 2, "grid": 4, "scale_bits": 5}
         assert len(kinds) == wanted[name], (name, kinds)
     assert any(fmt.sparse_words for fmt in formats) and any(fmt.zero for fmt in formats)
 

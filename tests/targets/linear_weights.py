@@ -60,7 +60,9 @@ def stored(fmt: WeightFormat, n: int, k: int) -> tuple[list[Any], Any, Any]:
     for part in fmt.stored(n, k)[1:]:
         name = part.suffix.removeprefix("q_")
         bits = fmt.bits if name == "zero" else fmt.scale_bits
-        if bits and not name.startswith("block"):
+        if fmt.grid == "mxfp4":
+            made[name] = random.integers(120, 127, (rows, groups)).astype(np.uint8)
+        elif bits and not name.startswith("block"):
             made[name] = random.integers(0, 2**bits, (rows, groups)).astype(np.uint8)
         else:
             count = fmt.num_blocks(k) if name.startswith("block") else groups
@@ -73,7 +75,7 @@ def stored(fmt: WeightFormat, n: int, k: int) -> tuple[list[Any], Any, Any]:
     # packing.py is checked bit by bit in tests/quant_schemes; its products are exact in f64.
     weights = dequantize(parts, fmt, n, k, "float64")
     zeros = store(Quantized(codes * np.uint8(0), Grid(**made)), fmt)
-    bias = 0.0 if fmt.grid == "symmetric" else dequantize(zeros, fmt, n, k, "float64")
+    bias = 0.0 if fmt.grid in ("symmetric", "mxfp4") else dequantize(zeros, fmt, n, k, "float64")
     return [parts[part.suffix] for part in fmt.stored(n, k)], weights, bias
 
 

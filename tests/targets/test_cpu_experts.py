@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tvm
 
-from qcc.quant_schemes.format import WeightFormat
+from qcc.quant_schemes.format import WeightFormat, mxfp4
 from qcc.targets.cpu.kernels import layout
 from qcc.targets.cpu.kernels.experts import FEW, expert_order, experts_gemm, experts_gemv
 from qcc.targets.cpu.passes.schedule import schedule_loops
@@ -27,6 +27,7 @@ FORMATS = [
     q(4, 128, grid="zero_point"),
     asymmetric(2, 16, scale_bits=4),
     q(8, "tensor"),
+    mxfp4("float16"),
 ]
 EXPERTS, SLOTS = 7, 3
 # (n, k, pairs that share a row of x): an expert's rows fill no vector; they fill panels. Columns

@@ -18,6 +18,7 @@ from qcc.quant_schemes.format import (
     GRIDS,
     SCALE_BITS,
     WeightFormat,
+    mxfp4,
 )
 from qcc.quant_schemes.packing import in_layout, unpack_stream
 from qcc.targets.cpu.isa import AVX512, Isa, isa_of
@@ -52,6 +53,7 @@ FORMATS = [
     q(6, "row", "float32"),
     q(8, "tensor"),
     q(5, "tensor", "float16", "KN"),
+    mxfp4("float16"),
     # zero codes, biases, zero points
     q(4, 32, zero=8),
     q(2, 64, zero=1),
@@ -192,7 +194,7 @@ def every_format() -> list[WeightFormat]:
             try:
                 found.append(q(bits, group, grid=grid, scale_bits=scale_bits))
             except SchemeError:
-                assert scale_bits, f"{bits}/{group} {grid} is a format"
+                assert scale_bits or grid == "mxfp4", f"{bits}/{group} {grid} is a format"
     return found
 
 

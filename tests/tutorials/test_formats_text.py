@@ -38,7 +38,8 @@ def applies(where: str, fmt: WeightFormat) -> bool:
         "3 bits, group 40": sparse,
         "else": not sparse,
         "one level": fmt.scale_bits is None,
-        "two-level": fmt.scale_bits is not None,
+        "two-level": fmt.two_level,
+        "mxfp4": fmt.grid == "mxfp4",
         "asymmetric": fmt.grid == "asymmetric",
         "zero_point": fmt.grid == "zero_point",
     }
@@ -46,7 +47,7 @@ def applies(where: str, fmt: WeightFormat) -> bool:
 
 
 @pytest.mark.parametrize(
-    "fmt", [*map(parsed, FORMATS), zero_points(4, 32), zero_points(3, "row")], ids=str
+    "fmt", [*map(parsed, [*FORMATS, "mxfp4"]), zero_points(4, 32), zero_points(3, "row")], ids=str
 )
 @pytest.mark.parametrize(("n", "k"), SIZES)
 def test_table_of_parts(fmt: WeightFormat, n: int, k: int) -> None:
@@ -58,7 +59,7 @@ def test_table_of_parts(fmt: WeightFormat, n: int, k: int) -> None:
         **{"r": 1 if fmt.group == "tensor" else n, "ceil": math.ceil},
     }
     rows = re.findall(r"^\| (q_\w+) \| (.*?) \| (\w+) \| (\[.*?\]) \|$", TEXT, flags=re.M)
-    assert len(rows) == 9
+    assert len(rows) == 10
     said = [
         (part, tuple(eval(shape, {}, names)), fmt.dtype if dtype == "dtype" else dtype)
         for part, where, dtype, shape in rows

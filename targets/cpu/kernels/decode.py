@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from qcc.quant_schemes import mxfp4
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels.tir import splat
@@ -31,6 +32,17 @@ def position(index: int, bits: int, sparse: bool = False) -> tuple[int, int]:
     return divmod(index * bits, 32)
 
 
+def shifted_words(isa: Isa, word: Callable[[int], Any], at: tuple[int, int], bits: int) -> Any:
+    """uint32 vector whose low `bits` are the code that begins at (word, bit) `at` in each lane."""
+    first, shift = at
+    if shift + bits > 32:
+        # The code goes on in the next word.
+        amount = splat(T.uint32(shift), isa.lanes)
+        vtype = vector(isa, "uint32")
+        return T.call_llvm_pure_intrin(vtype, "llvm.fshr", word(first + 1), word(first), amount)
+    return word(first) >> splat(T.uint32(shift), isa.lanes) if shift else word(first)
+
+
 def code_vector(
     isa: Isa, word: Callable[[int], Any], at: tuple[int, int], bits: int, zero: int
 ) -> Any:
@@ -43,18 +55,9 @@ def code_vector(
         bits: of a code.
         zero: the code that stands for 0.
     """
-    first, shift = at
-    if shift + bits > 32:
-        # The code goes on in the next word.
-        amount = splat(T.uint32(shift), isa.lanes)
-        vtype = vector(isa, "uint32")
-        shifted = T.call_llvm_pure_intrin(vtype, "llvm.fshr", word(first + 1), word(first), amount)
-    else:
-        shifted = word(first)
-        if shift:
-            shifted = shifted >> splat(T.uint32(shift), isa.lanes)
+    shift, shifted = at[1], shifted_words(isa, word, at, bits)
     if bits <= isa.table_bits:
-        return _lookup(isa, bits, zero, shifted)
+        return _lookup(isa, bits, range(-zero, 2**bits - zero), shifted)
     code = shifted
     if shift + bits != 32:
         code = shifted & splat(T.uint32(2**bits - 1), isa.lanes)
@@ -66,20 +69,33 @@ def code_vector(
     return number - splat(T.float32(zero), isa.lanes) if zero else number
 
 
-def _lookup(isa: Isa, bits: int, zero: int, shifted: Any) -> Any:
-    """Each lane's low bits, as many as the table has entries for; those of fewer bits repeat."""
+def fp4_vector(isa: Isa, shifted: Any) -> Any:
+    """FP4 in f32 of the codes in each lane's low 4 bits; a lookup where the table is large enough.
+
+    A table of 3 bits has the magnitudes, to which the sign comes.
+    """
+    if isa.table_bits >= 4:
+        return _lookup(isa, 4, mxfp4.FP4, shifted)
+    if isa.table_bits < 3:
+        return mxfp4.number_expr(shifted & splat(T.uint32(15), isa.lanes), isa.lanes)
+    sign = (shifted & splat(T.uint32(8), isa.lanes)) << splat(T.uint32(28), isa.lanes)
+    return mxfp4.with_sign(_lookup(isa, 3, mxfp4.FP4, shifted), sign, isa.lanes)
+
+
+def _lookup(isa: Isa, bits: int, numbers: Sequence[float], shifted: Any) -> Any:
+    """The number of each lane's low bits, as many as the table has entries for; fewer repeat."""
     vtype, index = vector(isa, "float32"), T.reinterpret(vector(isa, "int32"), shifted)
-    low = _table(range(isa.lanes), bits, zero)
+    low = _table(range(isa.lanes), bits, numbers)
     if isa.lanes == 8:
         return T.call_llvm_pure_intrin(vtype, "llvm.x86.avx2.permps", low, index)
     if bits <= 4:
         return T.call_llvm_pure_intrin(vtype, "llvm.x86.avx512.permvar.sf.512", low, index)
-    high = _table(range(isa.lanes, 2 * isa.lanes), bits, zero)
+    high = _table(range(isa.lanes, 2 * isa.lanes), bits, numbers)
     return T.call_llvm_pure_intrin(vtype, "llvm.x86.avx512.vpermi2var.ps.512", low, index, high)
 
 
-def _table(codes: range, bits: int, zero: int) -> Any:
-    entries = [T.float32(code % 2**bits - zero) for code in codes]
+def _table(codes: range, bits: int, numbers: Sequence[float]) -> Any:
+    entries = [T.float32(numbers[code % 2**bits]) for code in codes]
     return T.Shuffle(entries, [T.int32(i) for i in range(len(codes))])
 
 

@@ -107,7 +107,7 @@ def sums_of(fmt: WeightFormat, x: Any, first: Any, count: int, k: int) -> Any | 
 
     None: the format's grid needs none.
     """
-    if fmt.is_float or fmt.grid == "symmetric":
+    if fmt.is_float or fmt.grid in ("symmetric", "mxfp4"):
         return None
     segment = steps_of(fmt, k).segment
     shape = extents((count, -(-k // segment)))

@@ -15,9 +15,17 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
+from qcc.quant_schemes import mxfp4
 from qcc.quant_schemes.format import BLOCK, UNIT, WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
-from qcc.targets.cpu.kernels.decode import code_scalar, code_vector, float_vector, position
+from qcc.targets.cpu.kernels.decode import (
+    code_scalar,
+    code_vector,
+    float_vector,
+    fp4_vector,
+    position,
+    shifted_words,
+)
 from qcc.targets.cpu.kernels.layout import streamed
 from qcc.targets.cpu.kernels.tir import fma, lanes_from, splat
 
@@ -82,7 +90,10 @@ class Step:
         self.loaded: dict[tuple[str, int], Any] = {}
 
     def number(self, column: int) -> Any:
-        """f32 vector of a column before scale and bias; of a symmetric grid q - zero_code."""
+        """f32 vector of a column before scale and bias.
+
+        Of a symmetric grid q - zero_code, of mxfp4 fp4(q), else q.
+        """
         fmt, isa = self.fmt, self.isa
         if fmt.is_float:
             value = self._at("weight", self.index * self.steps.step + column)
@@ -90,7 +101,13 @@ class Step:
         at = position(column, fmt.bits, fmt.sparse_words)
         zero = fmt.zero_code if fmt.grid == "symmetric" else 0
         per_step = self._words(self.steps.step, fmt.bits, fmt.sparse_words)
-        return code_vector(isa, lambda i: self._word("q_weight", per_step, i), at, fmt.bits, zero)
+
+        def word(index: int) -> Any:
+            return self._word("q_weight", per_step, index)
+
+        if fmt.grid == "mxfp4":
+            return fp4_vector(isa, shifted_words(isa, word, at, fmt.bits))
+        return code_vector(isa, word, at, fmt.bits, zero)
 
     def numbers(self, first: int) -> Numbers:
         """Scale, bias and zero of the segment that begins at column `first` of the step."""
@@ -122,6 +139,9 @@ class Step:
     def _of_group(self, suffix: str, base: int, first: int) -> Any:
         """A scale or bias of the group of column `first`, as f32."""
         fmt, group = self.fmt, self._group(first)
+        if fmt.grid == "mxfp4":
+            exponent = T.cast(self._at(suffix, group), vector(self.isa, "uint32"))
+            return T.bind(mxfp4.power_expr(exponent, self.isa.lanes))
         if fmt.scale_bits is None:
             return T.bind(self._as_f32(self._at(suffix, group)))
         if streamed(fmt):
@@ -192,6 +212,9 @@ def scalar_weight(
         return (T.cast(code, "float32") - T.float32(base)) * block_number
 
     q = code_scalar(lambda i: at("q_weight", i), column, fmt.bits, fmt.sparse_words)
+    if fmt.grid == "mxfp4":
+        exponent = T.cast(at("q_scale", group), "uint32")
+        return mxfp4.number_expr(q) * mxfp4.power_expr(exponent)
     code = T.cast(q, "float32")
     scale = of_group("q_scale", fmt.scale_zero if fmt.two_level else 0)
     if fmt.grid == "asymmetric":
