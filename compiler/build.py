@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcc.compiler.config import ModelConfig
+from qcc.compiler.embedding import EmbeddingFacts
 from qcc.compiler.models.architecture import Architecture
 from qcc.compiler.models.rope import frequencies
 from qcc.compiler.sizes import Sizes
@@ -31,6 +32,12 @@ class Plan:
     scheme: Scheme
     sizes: Sizes
     active_vocab_size: int | None = None  # ids that the tokenizer has; None: all of vocab_size
+    embedding: EmbeddingFacts | None = None  # None: the model generates text
+
+    @property
+    def task(self) -> str:
+        """`model_task`, as clients name it."""
+        return "chat" if self.embedding is None else "embedding"
 
 
 def weight_specs(plan: Plan) -> tuple[WeightSpec, ...]:
@@ -96,7 +103,7 @@ def kv_cache_config(plan: Plan, dtype: str) -> KVCacheConfig:
             "so its cache keeps all tokens; give --context-window"
         )
     inv_freq, factor = frequencies(config.rope, _rope_length(plan))
-    if config.rotates_in_graph:
+    if config.rotates_in_graph or plan.embedding is not None:
         inv_freq, factor = (), 1.0
     return KVCacheConfig(
         num_hidden_layers=config.num_hidden_layers,
@@ -135,18 +142,26 @@ def quantized_module(
     from qcc.compiler.passes.attach_kv_cache import AttachKVCache
     from qcc.compiler.passes.attach_logit_processing import AttachLogitProcessing
     from qcc.compiler.passes.attach_sampling import AttachSampling
+    from qcc.compiler.passes.attach_text_attention import AttachTextAttention
     from qcc.compiler.passes.quantize_activations import QuantizeActivations
     from qcc.compiler.passes.quantize_weights import QuantizeWeights
 
     dtype = spec.compute_dtype or plan.scheme.dtype
     kv = kv_cache_config(plan, dtype)
-    passes = pipeline.front_end(
-        QuantizeWeights(specs, dtype),
-        QuantizeActivations(plan.scheme.activations, specs),
-        AttachKVCache(kv, spec.kv_kernels(kv, target)),
-        AttachSampling(plan.config.vocab_size, plan.sizes.max_batch_size),
-        AttachLogitProcessing(plan.config.vocab_size),
-    )
+    kernels = spec.kv_kernels(kv, target)
+    stored = QuantizeWeights(specs, dtype), QuantizeActivations(plan.scheme.activations, specs)
+    if plan.embedding is not None:
+        causal = not plan.config.bidirectional
+        passes = pipeline.texts_front_end(
+            *stored, AttachTextAttention(kernels.prefill_ragged, causal)
+        )
+    else:
+        passes = pipeline.front_end(
+            *stored,
+            AttachKVCache(kv, kernels),
+            AttachSampling(plan.config.vocab_size, plan.sizes.max_batch_size),
+            AttachLogitProcessing(plan.config.vocab_size),
+        )
     config = dataclasses.replace(plan.config, rope_length=_rope_length(plan))
     module = export(plan.architecture.module(config), dtype)
     return pipeline.run(module, passes, target, dump)
@@ -221,9 +236,9 @@ def _metadata(
         **sizes.as_dict(),
         "tensor_parallel_shards": 1,
         "pipeline_parallel_stages": 1,
-        "kv_state_kind": "kv_cache",
+        "kv_state_kind": "kv_cache" if plan.embedding is None else "none",
         "active_vocab_size": plan.active_vocab_size or config.vocab_size,
-        "model_task": "chat",
+        "model_task": plan.task,
         "params": [
             {
                 "name": part.name,
@@ -234,11 +249,12 @@ def _metadata(
             }
             for part in stored
         ],
+        # An embedding model has no cache, so one of no layers and no heads.
         "kv_cache": {
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_attention_heads": config.num_attention_heads,
-            "num_key_value_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
+            key: 0 if plan.embedding else getattr(config, key)
+            for key in (
+                *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+            )
         },
         "memory_usage": usage,
         "qcc": {
@@ -248,6 +264,7 @@ def _metadata(
             "compute_dtype": dtype,
             "kv_dtype": dtype,
             "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
             "page_size": PAGE_SIZE,
             "rope_table_bytes": _rope_table_bytes(plan),
             "slots": slots,
@@ -258,6 +275,6 @@ def _metadata(
 
 def _rope_table_bytes(plan: Plan) -> int:
     """Cosines and sines of every position, in f32; a sliding window computes them on the fly."""
-    if plan.sizes.sliding_window_size > 0 or plan.config.rotates_in_graph:
+    if plan.sizes.sliding_window_size > 0 or plan.config.rotates_in_graph or plan.embedding:
         return 0
     return plan.sizes.max_positions * plan.config.rope.rotary_dim * (FLOAT_DTYPES["float32"] // 8)

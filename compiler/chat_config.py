@@ -15,6 +15,7 @@ from typing import Any
 
 from qcc.compiler.config import ModelConfig, RopeConfig, shown
 from qcc.compiler.conv_template import TokenFacts, derive
+from qcc.compiler.embedding import EmbeddingFacts
 from qcc.compiler.tokenizer_files import read_object, tokenizer_folder
 from qcc.runtime.artifact import CHAT_CONFIG
 from qcc.runtime.chat import find_template
@@ -45,6 +46,9 @@ _HF_NAMES: dict[str, str | None] = {
     "rope_length": None,
     "local_rope": None,
     "experts": None,
+    "pooling": None,
+    "bidirectional": None,
+    "token_types": "type_vocab_size",
     "latent": None,
 }
 _USUAL = ("qkv_bias", "mlp_bias", "sliding_window", "parallel_residual")
@@ -62,12 +66,18 @@ _LEAST_TOP_P = 1e-6
 
 
 def write_chat_config(
-    source: Path, out: Path, config: ModelConfig, scheme_name: str, sizes: Mapping[str, int]
+    source: Path,
+    out: Path,
+    config: ModelConfig,
+    scheme_name: str,
+    sizes: Mapping[str, int],
+    embedding: EmbeddingFacts | None = None,
 ) -> dict[str, Any]:
     """Copy the tokenizer's files and write mlc-chat-config.json; returns what was written.
 
-    `sizes` are the fields of `qcc.compiler.sizes.Sizes`. Where the chat template cannot be told in
-    full as a conv_template, the returned dict says so under "conv_template_note".
+    `sizes` are the fields of `qcc.compiler.sizes.Sizes`, `embedding` of an embedding model. Where
+    the chat template cannot be told in full as a conv_template, the returned dict says so under
+    "conv_template_note".
 
     Raises:
         QccError: no tokenizer, a file that is not what it should be, more tokens than vocab_size,
@@ -108,8 +118,10 @@ def write_chat_config(
         "tokenizer_info": vocabulary.info,
         "conv_template": conv,
         **special.ids,
-        "model_task": "chat",
+        "model_task": "chat" if embedding is None else "embedding",
     }
+    if embedding is not None:
+        chat["embedding"] = embedding.as_dict()
     for path in _files_to_copy(source, tokenizer):
         with os_errors(path, "read"):
             content = path.read_bytes()

@@ -260,6 +260,14 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
+class PoolingConfig:
+    """How an embedding model makes one vector of a text's tokens: `kind` is cls, mean or last."""
+
+    kind: str
+    normalized: bool = True  # to length 1
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What the blocks are built from; the names are Hugging Face's where it has one.
 
@@ -268,7 +276,8 @@ class ModelConfig:
     `layer_ropes` names each layer's rope: "rope", "local_rope", or "" for none; () where all layers
     have `rope`. The scales multiply embeddings, what a layer adds to the residual, and logits.
     `rope_length` is what rope types that depend on the length are made for. With `latent` attention
-    num_key_value_heads and head_dim are those of the cache.
+    num_key_value_heads and head_dim are those of the cache. An embedding model has `pooling` and no
+    lm_head.
     """
 
     model_type: str
@@ -305,6 +314,9 @@ class ModelConfig:
     latent: LatentConfig | None = None
     learned_positions: bool = False
     unit_head: bool = False  # rows of lm_head are normalized
+    bidirectional: bool = False  # a token sees those behind it, too
+    token_types: int = 0  # kinds of tokens with a vector each
+    pooling: PoolingConfig | None = None
 
     def is_windowed(self, layer: int) -> bool:
         """Whether a layer sees the last `layer_window` tokens only."""

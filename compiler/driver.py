@@ -16,14 +16,14 @@ from typing import Any
 from qcc.compiler.build import Plan, build_library, weight_specs
 from qcc.compiler.chat_config import fitting_vocabulary, write_chat_config
 from qcc.compiler.codes import asked_text, check_text, choose_codes
-from qcc.compiler.config import read_json
+from qcc.compiler.embedding import embedding_sizes, refuse_text
 from qcc.compiler.imports.lora import with_lora
 from qcc.compiler.imports.parts import import_notes
 from qcc.compiler.imports.scheme import source_scheme
-from qcc.compiler.models import find_architecture
 from qcc.compiler.models.architecture import Architecture
 from qcc.compiler.options import CompileOptions
 from qcc.compiler.output_folder import locked, publish, staging
+from qcc.compiler.read_model import read_model
 from qcc.compiler.sizes import SizeFlags, Sizes, choose_sizes, context_note
 from qcc.compiler.source import checksum, locate, stamp
 from qcc.compiler.steps import Steps
@@ -80,6 +80,8 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
             )
         positions = plan.config.max_position_embeddings
         check_text(method, checkpoint.folder, specs, options.calibration, positions)
+        if plan.embedding and asked_text(method, specs, options.calibration) is not None:
+            refuse_text(source)
         step.note = f"{plan.config.model_type}, {_parameters(specs):,} parameters"
     for note in (
         context_note(options.sizes, plan.sizes),
@@ -110,6 +112,7 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
             "sizes": plan.sizes.as_dict(),
             "activations": plan.scheme.activations,
             "tuned_on": plan.scheme.tuned_on,
+            "task": plan.task,
         }
         if before is None:
             codes = choose_codes(
@@ -135,7 +138,12 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
             manifest |= {key: before[key] for key in ("quality", "calibration") if key in before}
         with steps.step("Write the configuration") as step:
             chat = write_chat_config(
-                source, out, plan.config, plan.scheme.name, plan.sizes.as_dict()
+                source,
+                out,
+                plan.config,
+                plan.scheme.name,
+                plan.sizes.as_dict(),
+                plan.embedding,
             )
             step.note = str(chat.get("conv_template_note") or "")
             publish(out, before, built, manifest)
@@ -186,18 +194,14 @@ def make_plan(
     checkpoint: Checkpoint | None = None,
 ) -> Plan:
     """Read the config, the scheme and the sizes; a checkpoint may have a scheme of its own."""
-    where = source / "config.json"
-    raw = read_json(where)
-    if not isinstance(raw, dict):
-        raise QccError(f"{where}: not a JSON object")
-    architecture = find_architecture(raw, str(where))
-    config = architecture.config(raw, str(where))
-    return Plan(
-        architecture,
-        config,
-        choose_scheme(options, architecture, checkpoint),
-        choose_sizes(config, options.sizes, default_chunk),
-    )
+    names = checkpoint.names if checkpoint is not None else None
+    architecture, config, embedding = read_model(source, options.task, names)
+    if embedding is None:
+        sizes = choose_sizes(config, options.sizes, default_chunk)
+    else:
+        sizes = embedding_sizes(config, options.sizes, embedding.max_tokens)
+    scheme = choose_scheme(options, architecture, checkpoint)
+    return Plan(architecture, config, scheme, sizes, embedding=embedding)
 
 
 def choose_scheme(
@@ -281,6 +285,7 @@ def _check_folder(
         ("method", found.get("method"), method),
         ("calibration", (found.get("calibration") or {}).get("asked"), asked),
         ("rounding of inputs", found.get("activations", "none"), plan.scheme.activations),
+        ("task", found.get("task", "chat"), plan.task),
         ("sizes", found.get("sizes"), plan.sizes.as_dict()),
     ):
         if old != new:

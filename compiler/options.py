@@ -40,3 +40,4 @@ class CompileOptions:
     method: str | None = None  # None: the scheme's
     calibration: Calibration = field(default_factory=Calibration)
     lora: Path | None = None  # folder of an adapter
+    task: str = "auto"  # generation, embedding; auto: as the checkpoint's files say

@@ -40,6 +40,11 @@ class Original:
         checkpoint = Checkpoint.open(self.folder, allow_pickle=self.allow_pickle)
         return checkpoint if self.lora is None else with_lora(checkpoint, self.lora)
 
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        with self.open() as checkpoint:
+            return checkpoint.names
+
     def is_source(self, source: Mapping[str, Any]) -> bool:
         """Whether an artifact whose qcc.json has this `source` was made of it."""
         if source.get("stamp") == stamp(self.folder, self.lora):

@@ -71,11 +71,11 @@ def context_note(flags: SizeFlags, sizes: Sizes) -> str | None:
     )
 
 
-def choose_sizes(config: ModelConfig, flags: SizeFlags, default_chunk: int) -> Sizes:
-    """Resolve flags against the model's limits and each other.
+def check_flags(flags: SizeFlags) -> None:
+    """Refuse sizes that no model can have.
 
     Raises:
-        QccError: a size that is not positive, beyond the model's limit, or in conflict.
+        QccError: names the flag.
     """
     for field in dataclasses.fields(flags):
         value = getattr(flags, field.name)
@@ -88,6 +88,15 @@ def choose_sizes(config: ModelConfig, flags: SizeFlags, default_chunk: int) -> S
     ):
         if value is not None and value > maximum:
             raise QccError(f"{flag} {value}: must be {maximum} or less")
+
+
+def choose_sizes(config: ModelConfig, flags: SizeFlags, default_chunk: int) -> Sizes:
+    """Resolve flags against the model's limits and each other.
+
+    Raises:
+        QccError: a size that is not positive, beyond the model's limit, or in conflict.
+    """
+    check_flags(flags)
     trained = config.max_position_embeddings
     limit = positions_limit(config)
     if flags.context_window is not None and flags.context_window > limit:

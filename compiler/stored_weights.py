@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qcc.compiler.build import Plan, weight_specs
-from qcc.compiler.config import read_json
-from qcc.compiler.models import find_architecture
+from qcc.compiler.read_model import read_model
 from qcc.compiler.reference import Original
 from qcc.compiler.sizes import Sizes
 from qcc.compiler.weights.checkpoint import Checkpoint
@@ -52,7 +50,7 @@ class StoredWeights:
             QccError: they have other tensors.
         """
         try:
-            plan = plan_of(artifact, source.folder)
+            plan = plan_of(artifact, source)
             specs = weight_specs(plan)
         except SchemeError as err:
             raise QccError(
@@ -147,14 +145,10 @@ def relative_error(original: Array, ours: Array) -> float:
     return off / norm if norm else (math.inf if off else 0.0)
 
 
-def plan_of(artifact: Artifact, source: Path) -> Plan:
+def plan_of(artifact: Artifact, source: Original) -> Plan:
     """The plan by which an artifact was made of a checkpoint: its formats, its sizes."""
-    where = source / "config.json"
-    raw = read_json(where)
-    if not isinstance(raw, dict):
-        raise QccError(f"{where}: not a JSON object")
-    architecture = find_architecture(raw, str(where))
-    config = architecture.config(raw, str(where))
+    task = "embedding" if artifact.manifest.task == "embedding" else "generation"
+    architecture, config, facts = read_model(source.folder, task, source.names())
     found = {
         name: fmt
         for name, fmt in _formats(artifact).items()
@@ -177,7 +171,7 @@ def plan_of(artifact: Artifact, source: Path) -> Plan:
         sizes = Sizes(**manifest.sizes)
     except TypeError as err:
         raise QccError(f"{artifact.folder}: sizes of another version ({err})") from err
-    return Plan(architecture, config, scheme, sizes)
+    return Plan(architecture, config, scheme, sizes, embedding=facts)
 
 
 def _formats(artifact: Artifact) -> dict[str, WeightFormat]:

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from qcc.runtime.errors import QccError
 
 if TYPE_CHECKING:
+    from qcc.runtime.engine.embedder import Embedder
     from qcc.runtime.engine.llm import LLM, SamplingParams
 
-__all__ = ["LLM", "QccError", "SamplingParams"]
+__all__ = ["LLM", "Embedder", "QccError", "SamplingParams"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,4 +29,8 @@ def __getattr__(name: str) -> Any:
         from qcc.runtime.engine import llm
 
         return getattr(llm, name)
+    if name == "Embedder":
+        from qcc.runtime.engine.embedder import Embedder
+
+        return Embedder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from qcc.runtime.files import checksum, read_json, write_file
 
 FORMAT = 1
 QCC_JSON = "qcc.json"
-OPTIONAL = ("quality", "calibration", "activations", "tuned_on")
+OPTIONAL = ("quality", "calibration", "activations", "tuned_on", "task")
 RECOMPILE = "compile the model again with qcc compile"
 # What wrong JSON raises while it is taken apart.
 MALFORMED = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
@@ -47,6 +47,7 @@ class Manifest:
     calibration: Mapping[str, Any] | None = None  # name and sha256 of the text
     activations: str = "none"  # as the scheme says: none, dynamic, static
     tuned_on: str = ""  # name and sha256 of the text that chose a tuned scheme's formats
+    task: str = "chat"  # or embedding
 
 
 def running_versions() -> dict[str, str]:
@@ -135,7 +136,7 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
     for name in ("source", "tensors", "sizes"):
         if not isinstance(getattr(manifest, name), dict):
             raise ValueError(f"{name} is no object")
-    for name in ("scheme", "method", "activations", "tuned_on"):
+    for name in ("scheme", "method", "activations", "tuned_on", "task"):
         if not isinstance(getattr(manifest, name), str):
             raise ValueError(f"{name} is no string")
     for name, size in manifest.sizes.items():

@@ -57,6 +57,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, -o, the scheme and the sizes."""
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, or hub id org/name")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="artifact folder")
+    parser.add_argument(
+        "--task",
+        default="auto",
+        choices=["auto", "generation", "embedding"],
+        help="what the model is for; auto: embedding for encoders, and where modules.json is there "
+        "(default: auto)",
+    )
     add_scheme_arguments(parser)
     sizes = parser.add_argument_group("sizes (tokens)")
     for flag, text in (
@@ -190,6 +197,7 @@ def model_options(args: argparse.Namespace, **others: Any) -> CompileOptions:
         method=args.method,
         calibration=Calibration(args.calib, args.calib_tokens),
         lora=Path(args.lora) if args.lora else None,
+        task=args.task,
         **others,
     )
 

@@ -7,11 +7,13 @@
   experts.py       mixture of experts
   latent_attention.py  multi-head latent attention
   decoder.py       layers, the decoder, the functions that clients call
+  texts.py         texts end to end in place of a cache, for embedding models
+  encoder.py       layers and model of encoders
   architecture.py  Architecture: what an architecture's file defines
   switches.py      which keys of config.json an architecture understands
   <arch>.py        its config mapping, its module, its weight map
 
-An architecture's file defines one object, ARCHITECTURE; discovery lists this folder.
+An architecture's file defines one object, ARCHITECTURE; discovery lists this folder for them.
 """
 
 from __future__ import annotations
@@ -28,18 +30,16 @@ from qcc.runtime.errors import QccError
 if TYPE_CHECKING:
     from qcc.compiler.models.architecture import Architecture
 
-_SHARED = {"rope", "switches", "blocks", "attention", "experts", "decoder", "reading"}
-_SHARED |= {"architecture", "latent_attention"}
-
 
 @cache
 def architectures() -> dict[str, Architecture]:
     """All architectures by model_type."""
     found = {}
     for info in pkgutil.iter_modules(__path__):
-        if info.name not in _SHARED:
-            module = importlib.import_module(f"{__name__}.{info.name}")
-            found[module.ARCHITECTURE.model_type] = module.ARCHITECTURE
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        architecture = getattr(module, "ARCHITECTURE", None)
+        if architecture is not None:  # else the file holds parts that architectures share
+            found[architecture.model_type] = architecture
     return found
 
 

@@ -14,6 +14,7 @@ from qcc.compiler.weights.spec import SourceTensor, Transform
 
 if TYPE_CHECKING:
     from qcc.compiler.models.decoder import CausalLM
+    from qcc.compiler.models.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Architecture:
     hf_names: tuple[str, ...]
     description: str
     config: Callable[[dict[str, Any], str], ModelConfig]
-    module: Callable[[ModelConfig], CausalLM]
+    module: Callable[[ModelConfig], CausalLM | Encoder]
     source: Source
     embedding: str = "model.embed_tokens.weight"
     lm_head: str = "lm_head.weight"

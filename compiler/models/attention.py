@@ -44,7 +44,7 @@ class Step:
         positions = kv.get_query_positions(tokens)
         ropes = {name: config.rope_of(name) for name in dict.fromkeys(config.layer_ropes) if name}
         return cls(
-            kv, {name: _angles(rope, config, positions, tokens) for name, rope in ropes.items()}
+            kv, {name: angles_of(rope, config, positions, tokens) for name, rope in ropes.items()}
         )
 
 
@@ -57,7 +57,7 @@ def _heads(tokens: tirx.Expr, count: int) -> nn.Tensor:
     return op.tensor_expr_op(compute, "heads", [])
 
 
-def _angles(
+def angles_of(
     rope: RopeConfig, config: ModelConfig, positions: nn.Tensor, tokens: tirx.Expr
 ) -> Angles:
     """cos and sin of every token's position."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tvm import te
 from tvm.relax.frontend import nn
@@ -25,6 +25,10 @@ from qcc.compiler.models.blocks import (
     soft_cap,
     take,
 )
+from qcc.compiler.models.texts import encoded, texts_spec
+
+if TYPE_CHECKING:
+    from qcc.compiler.models.encoder import Encoder
 
 MakeNorm = Callable[[int, float], nn.Module]
 
@@ -261,8 +265,14 @@ class CausalLM(nn.Module):  # type: ignore[misc]
         stacked = op.concat(self.decoder.outputs(input_embeds, kv), dim=0)
         return stacked.astype("float32") if stacked.dtype != "float32" else stacked, kv
 
+    def encode(self, input_ids: nn.Tensor, ends: nn.Tensor) -> nn.Tensor:
+        """Texts end to end, int32[n] and int32[b] -> f32[b, h]: the one function of `texts`."""
+        return encoded(self.config, input_ids, ends, self.embed, self.hidden)
+
     def spec(self, dtype: str) -> dict[str, Any]:
         """Shapes and dtypes of every exported function, parameters packed."""
+        if self.config.pooling is not None:
+            return texts_spec()
         h = self.config.hidden_size
         cache = nn.spec.Object(object_type=PagedKVCache)
         mode = {"param_mode": "packed", "effect_mode": "none"}
@@ -288,12 +298,12 @@ class CausalLM(nn.Module):  # type: ignore[misc]
         return functions
 
 
-def parameters(model: CausalLM) -> list[tuple[str, tuple[int, ...]]]:
+def parameters(model: CausalLM | Encoder) -> list[tuple[str, tuple[int, ...]]]:
     """(name, shape) of every parameter, in the order of the packed tuple."""
     return [(name, tuple(int(d) for d in param.shape)) for name, param in model.named_parameters()]
 
 
-def export(model: CausalLM, dtype: str) -> Any:
+def export(model: CausalLM | Encoder, dtype: str) -> Any:
     """The float IRModule computing in `dtype`, parameters packed in the order of `parameters`."""
     model.to(dtype)
     mod, params = model.export_tvm(spec=model.spec(dtype))

@@ -14,6 +14,7 @@ from qcc.compiler.passes.attach_kv_cache import AttachKVCache
 from qcc.compiler.passes.attach_logit_processing import AttachLogitProcessing
 from qcc.compiler.passes.attach_metadata import AttachMetadata
 from qcc.compiler.passes.attach_sampling import AttachSampling
+from qcc.compiler.passes.attach_text_attention import AttachTextAttention
 from qcc.compiler.passes.bound_shapes import BoundShapes
 from qcc.compiler.passes.dump_ir import DumpIR
 from qcc.compiler.passes.hoist_repack import HoistRepack
@@ -31,6 +32,15 @@ def front_end(
 ) -> list[Any]:
     """Float module -> quantized module with all that clients call; runs where its kernels do."""
     return [quantize, activations, kv_cache, sampling, logits]
+
+
+def texts_front_end(
+    quantize: QuantizeWeights,
+    activations: QuantizeActivations,
+    attention: AttachTextAttention,
+) -> list[Any]:
+    """The same for an embedding model, which has neither a cache nor logits."""
+    return [quantize, activations, attention]
 
 
 def lowering(

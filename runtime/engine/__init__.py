@@ -14,4 +14,5 @@ In the order in which data passes:
   request.py      one request on its way: prompt, answer, times; sessions
   scheduler.py    several requests in one batch
   llm.py          LLM: all of it under one roof
+  embedder.py     Embedder: the same for models that make a vector of a text
 """

@@ -84,6 +84,14 @@ class Library:
         """int32[n] of one sequence -> logits f32[n, V] of every position."""
         return self._run("batch_verify", self.embed(tokens), (1, len(tokens)), cache)
 
+    def encode(self, tokens: Tokens, ends: Tokens) -> Floats:
+        """int32[n], texts one behind the other, each up to `ends` int32[b] -> vectors f32[b, H].
+
+        Only the library of an embedding model has this function, and no other.
+        """
+        result = self.vm["encode"](self._tensor(tokens), self._tensor(ends), self.params)
+        return cast("Floats", np.from_dlpack(result))
+
     def layer_outputs(self, tokens: Tokens, cache: KVCache) -> list[Floats]:
         """int32[n] of one sequence -> the embedding f32[n, h] and f32[n, h] after each layer.
 

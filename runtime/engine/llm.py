@@ -63,6 +63,10 @@ class LLM:
             return None if progress is None else lambda done, total, *_: progress(what, done, total)
 
         self.artifact = Artifact.open(artifact_dir)
+        if self.artifact.manifest.task == "embedding":
+            raise QccError(
+                f"{artifact_dir}: an embedding model writes no text; use qcc embed, or Embedder"
+            )
         with ThreadPoolExecutor(1) as pool:
             # Half a second where the vocabulary is large; most of it without Python's lock.
             tokenizer = pool.submit(Tokenizer, self.artifact.folder, self.artifact.chat_config)

@@ -10,7 +10,7 @@ from qcc.runtime.engine.library import total_pages
 from qcc.runtime.engine.metadata import Metadata
 from qcc.runtime.errors import QccError
 
-SINGLE = ("embed", "prefill", "decode")
+SINGLE = ("embed", "prefill", "decode", "encode")
 BATCHED = ("batch_prefill", "batch_decode")  # run for two sequences and more only
 
 
@@ -90,6 +90,21 @@ def choose_total_tokens(meta: Metadata, length: int, max_batch_size: int, availa
     raise QccError(
         f"{text}; close other programs or choose a scheme of fewer bits (qcc list schemes)"
     )
+
+
+def check_embedding(meta: Metadata, available: int) -> None:
+    """Refuse an embedding model that does not fit: it has no cache that could be smaller.
+
+    Raises:
+        QccError: says what it needs.
+    """
+    need = budget(meta, meta.max_batch_size, 0)
+    if need.total > available:
+        raise QccError(
+            f"the model needs {need.total / 1e6:,.0f} MB ({need}), available are "
+            f"{available / 1e6:,.0f} MB; compile it with a smaller --context-window than "
+            f"{meta.context_window_size} or a scheme of fewer bits (qcc list schemes)"
+        )
 
 
 def report(meta: Metadata) -> dict[str, Any]:

@@ -45,12 +45,14 @@ class Metadata:
     """The fields that the runtime uses. Sizes in tokens; -1 where the library has none."""
 
     target: str
+    task: str  # chat or embedding
     context_window_size: int
     sliding_window_size: int
     attention_sink_size: int
     prefill_chunk_size: int
     max_batch_size: int
     vocab_size: int
+    hidden_size: int
     page_size: int
     compute_dtype: str
     kv_dtype: str
@@ -78,7 +80,8 @@ class Metadata:
                     f"{where}: library format {found!r}, this qcc runs format {FORMAT}; "
                     "compile the model again with qcc compile"
                 )
-            return cls(**_sizes(data), **_kv(data), **_tensors(data))
+            task = str(data["model_task"])
+            return cls(task=task, **_sizes(data), **_kv(data), **_tensors(data))
         except (AttributeError, KeyError, TypeError, ValueError) as err:
             raise QccError(
                 f"{where}: unusable _metadata ({type(err).__name__}: {err}); "
@@ -117,7 +120,9 @@ def _sizes(data: dict[str, Any]) -> dict[str, Any]:
     if min(sizes["prefill_chunk_size"], sizes["max_batch_size"]) < 1:
         raise ValueError("prefill_chunk_size or max_batch_size is not positive")
     usage = {str(name): int(size) for name, size in data["memory_usage"].items()}
-    return {**sizes, "vocab_size": int(data["qcc"]["vocab_size"]), "memory_usage": usage}
+    own = data["qcc"]
+    widths = {"vocab_size": int(own["vocab_size"]), "hidden_size": int(own.get("hidden_size", 0))}
+    return {**sizes, **widths, "memory_usage": usage}
 
 
 def _kv(data: dict[str, Any]) -> dict[str, Any]:

@@ -57,6 +57,24 @@ class Tokenizer:
             raise QccError("the prompt is empty, and the model has no BOS token to begin with")
         return ids
 
+    def encode_within(self, text: str, limit: int) -> tuple[list[int], int]:
+        """At most `limit` tokens of a text, the special ones at its end among them; of how many.
+
+        Raises:
+            QccError: as `encode`; no room for special tokens alone.
+        """
+        ids = self.encode(text)
+        count = len(ids)
+        if count > limit:
+            with _tokenizers_errors(f"{self.path}: a text does not cut to {limit} tokens"):
+                own = count - len(self._encode(text, add_special_tokens=True))  # BOS from `encode`
+                self.backend.enable_truncation(limit - own)
+                try:
+                    ids = self.encode(text)
+                finally:
+                    self.backend.no_truncation()
+        return ids, count
+
     def encode_rendered(self, text: str) -> list[int]:
         """The tokens of a rendered chat template, which holds its special tokens as text."""
         return self._encode(text, add_special_tokens=False)

@@ -31,7 +31,7 @@ class Task:
 
 
 class RowMask:
-    """Emits the mask of a kernel; plain is causal when ragged, else it sees every cached key."""
+    """Emits the mask of a kernel; plain sees every key, when ragged and `causal` no later ones."""
 
     def __init__(self, config: KVCacheConfig, tile: Tile, paged: bool, kind: Mask) -> None:
         self.config, self.tile, self.paged, self.kind = config, tile, paged, kind
@@ -39,6 +39,7 @@ class RowMask:
         # Of the running pass over the keys: one past its last, and whether it is over the window.
         self.stop: Any = None
         self.in_window: Any = None
+        self.causal: Any = None  # the call's argument of that name
 
     def declare_tree(self) -> None:
         """Node i of sequence b's tree covers the preorder range tree_order[tree_indptr[b] + i]."""
@@ -62,6 +63,12 @@ class RowMask:
             if self.kind == "tree":
                 self.positions = T.alloc_buffer(keys, "int32")
 
+    def after(self, token: Any) -> Any:
+        """One past the last key that a token of the chunk sees."""
+        if self.kind == "sliding":
+            return token + 1
+        return T.Select(self.causal != 0, token + 1, self.task.kv_len)
+
     def row(self, r: Any, token: Any) -> None:
         """Keep what `seen` asks of row r.
 
@@ -74,7 +81,7 @@ class RowMask:
         elif self.kind == "sliding":
             value = self.q_position[task.q0 + token] - self.reach + 1 - task.k_base
         else:
-            value = task.kv_len if self.paged else token + 1
+            value = task.kv_len if self.paged else vx.keep_int(self.after(token))
         vx.store(self.row_info, r, value, 1)
         if self.config.layer_window:
             position = self.q_position[task.q0 + token] - task.k_base

@@ -71,12 +71,13 @@ class _Prefill:
             self.mask.declare_tree()
         self.out = tensor("output", rows, c.dtype)
         self.lse = tensor("lse", rows[:2], "float32")
-        if self.kind != "tree":
-            T.arg("causal", T.int32())
+        causal = T.arg("causal", T.int32()) if self.kind != "tree" else None
         T.arg("rotary_mode", T.int32())
         T.arg("rope_scale", T.float32())
         T.arg("rope_theta", T.float32())
         self.rule = ScoreRule(c, T.arg("sm_scale", T.float32()))
+        # Of cached keys every one is older than the queries.
+        self.mask.causal = None if self.paged else causal
         if self.paged and self.kind == "tree":
             self.mask.declare_tree()
 
@@ -152,7 +153,7 @@ class _Prefill:
         last_token = T.bind((self.row0 + self.rows - 1) // self.group)
         end = self.kv_len
         if not self.paged and self.kind != "tree":
-            end = vx.keep_int(T.min(end, last_token + 1))
+            end = vx.keep_int(T.min(end, self.mask.after(last_token)))
         if not self.sliding:
             self._load_queries(None)
             self._key_tiles(self.mask.begin(end), end)

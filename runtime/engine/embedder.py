@@ -1,0 +1,198 @@
+"""Embedder: an artifact folder that makes a vector of each text.
+
+embedder = Embedder("qwen3-embedding-q8")
+vectors = embedder.embed(["How tall is the Eiffel Tower?", "It has 330 metres."])
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from qcc.runtime.artifact import CHAT_CONFIG, Artifact
+from qcc.runtime.engine import tvm_runtime
+from qcc.runtime.engine.library import Floats, Library
+from qcc.runtime.engine.memory import available_bytes, check_embedding
+from qcc.runtime.engine.tokenizer import Tokenizer
+from qcc.runtime.engine.weights import load_slots
+from qcc.runtime.errors import QccError
+from qcc.runtime.manifest import RECOMPILE
+
+LEAST_LENGTH = 1e-12  # of a vector that is made one of length 1
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What mlc-chat-config.json says under `embedding`: prompts, and how vectors compare."""
+
+    prompts: dict[str, str]
+    default_prompt: str | None
+    lower_case: bool
+    normalized: bool
+    similarity: str
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> Usage:
+        """Read it.
+
+        Raises:
+            QccError: the artifact is of a model that writes text, or the file is damaged.
+        """
+        if artifact.manifest.task != "embedding":
+            raise QccError(
+                f"{artifact.folder}: not an embedding model; use qcc generate, or compile it with "
+                "--task embedding"
+            )
+        found = artifact.chat_config.get("embedding")
+        try:
+            return cls(
+                {str(name): str(text) for name, text in found["prompts"].items()},
+                found["default_prompt"],
+                bool(found["lower_case"]),
+                bool(found["normalized"]),
+                str(found["similarity"]),
+            )
+        except (AttributeError, KeyError, TypeError) as err:
+            raise QccError(
+                f"{artifact.folder / CHAT_CONFIG}: embedding is not usable; {RECOMPILE}"
+            ) from err
+
+    def prompt(self, name: str | None) -> str:
+        """What goes before a text; None: the model's default, if it has one.
+
+        Raises:
+            QccError: there is no prompt of that name.
+        """
+        name = self.default_prompt if name is None else name
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            raise QccError(f"prompt {name!r}: the model has {', '.join(self.prompts) or 'none'}")
+        return self.prompts[name]
+
+
+class Embedder:
+    """A loaded embedding model. Not for several threads at a time."""
+
+    def __init__(
+        self,
+        artifact_dir: Path | str,
+        device: str = "cpu",
+        threads: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        """Open the artifact and load its library for `device`.
+
+        Args:
+            artifact_dir: what `qcc compile` wrote.
+            device: a target, or the name of one library, as cpu-x86-64-v3.
+            threads: of the CPU; None: $TVM_NUM_THREADS, else the physical cores.
+            progress: is told (what, bytes done, bytes in all) of long steps.
+
+        Raises:
+            QccError: a damaged artifact, one of another kind of model, too little memory.
+        """
+
+        def report(what: str) -> Callable[..., None] | None:
+            return None if progress is None else lambda done, total, *_: progress(what, done, total)
+
+        self.artifact = Artifact.open(artifact_dir)
+        self.usage = Usage.of(self.artifact)
+        if device.split("-")[0] != "cpu":
+            raise QccError(f"--device {device}: this version runs on cpu only")
+        self.threads = tvm_runtime.set_threads(threads)
+        self.artifact.verify(report("check"))
+        self.library = Library(self.artifact.library(device))
+        meta = self.library.metadata
+        check_embedding(meta, available_bytes())
+        self.library.bind(load_slots(self.artifact, self.library, report("repack weights")))
+        self.tokenizer = Tokenizer(self.artifact.folder, self.artifact.chat_config)
+        self.window = meta.context_window_size
+        self.dimensions = meta.hidden_size
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        prompt_name: str | None = None,
+        truncate: bool = True,
+        dimensions: int | None = None,
+    ) -> Floats:
+        """A vector of each text, f32[b, dimensions].
+
+        Args:
+            texts: one or more; in one pass as many as the library's sizes allow.
+            prompt_name: of the model's prompts, to go before each text; None: its default.
+            truncate: cut a text of more tokens than the window, with a warning.
+            dimensions: the first N numbers of each vector, made one of length 1 again: good for
+                models that were trained for it; None: all.
+
+        Raises:
+            QccError: no such prompt, more dimensions than there are, an empty or too long text.
+        """
+        many = [texts] if isinstance(texts, str) else list(texts)
+        if dimensions is not None and not 1 <= dimensions <= self.dimensions:
+            raise QccError(f"dimensions {dimensions}: the model has 1 to {self.dimensions}")
+        tokens = self.tokenize(many, prompt_name, truncate)
+        found = [np.zeros((0, self.dimensions), np.float32)]
+        found += [self._encode(part) for part in self._passes(tokens)]
+        vectors = np.concatenate(found)
+        return vectors if dimensions is None else unit(vectors[:, :dimensions])
+
+    def tokenize(
+        self, texts: Sequence[str], prompt_name: str | None = None, truncate: bool = True
+    ) -> list[list[int]]:
+        """The tokens of each text, as `embed` uses them."""
+        prompt = self.usage.prompt(prompt_name)
+        return [self._tokens(index, prompt + text, truncate) for index, text in enumerate(texts)]
+
+    def _tokens(self, index: int, text: str, truncate: bool) -> list[int]:
+        if self.usage.lower_case:
+            text = text.lower()
+        try:
+            ids, count = self.tokenizer.encode_within(text, self.window)
+        except QccError as err:
+            raise QccError(f"text {index + 1}: {err}") from err
+        if count > self.window:
+            what = f"text {index + 1} has {count} tokens, the window is {self.window}"
+            if not truncate:
+                raise QccError(f"{what}; compile with a longer --context-window, or let it be cut")
+            warnings.warn(f"{what}: its end is cut off", stacklevel=4)
+        return ids
+
+    def _passes(self, tokens: list[list[int]]) -> Iterator[list[list[int]]]:
+        """Texts in order, as many at a time as fit."""
+        meta = self.library.metadata
+        part: list[list[int]] = []
+        used = 0
+        for ids in tokens:
+            if part and (
+                used + len(ids) > meta.prefill_chunk_size or len(part) == meta.max_batch_size
+            ):
+                yield part
+                part, used = [], 0
+            part.append(ids)
+            used += len(ids)
+        if part:
+            yield part
+
+    def _encode(self, texts: list[list[int]]) -> Floats:
+        ends = np.cumsum([len(ids) for ids in texts], dtype=np.int32)
+        # A copy: the VM uses its memory again.
+        return self.library.encode(np.concatenate(texts).astype(np.int32), ends).copy()
+
+
+def unit(vectors: Floats) -> Floats:
+    """f32[b, h], each divided by its length."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return cast("Floats", (vectors / np.maximum(lengths, LEAST_LENGTH)).astype(np.float32))
+
+
+def similarities(vectors: Floats) -> Any:
+    """f64[b, b]: the cosine of each two of f32[b, h]."""
+    units = unit(vectors).astype(np.float64)
+    return units @ units.T
