@@ -106,7 +106,7 @@ def kv_cache_config(plan: Plan, dtype: str) -> KVCacheConfig:
     if config.rotates_in_graph or plan.embedding is not None:
         inv_freq, factor = (), 1.0
     return KVCacheConfig(
-        num_hidden_layers=config.num_hidden_layers,
+        num_hidden_layers=len(config.cache_layers),
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
@@ -236,7 +236,7 @@ def _metadata(
         **sizes.as_dict(),
         "tensor_parallel_shards": 1,
         "pipeline_parallel_stages": 1,
-        "kv_state_kind": "kv_cache" if plan.embedding is None else "none",
+        "kv_state_kind": _state_kind(plan),
         "active_vocab_size": plan.active_vocab_size or config.vocab_size,
         "model_task": plan.task,
         "params": [
@@ -249,13 +249,7 @@ def _metadata(
             }
             for part in stored
         ],
-        # An embedding model has no cache, so one of no layers and no heads.
-        "kv_cache": {
-            key: 0 if plan.embedding else getattr(config, key)
-            for key in (
-                *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
-            )
-        },
+        "kv_cache": _cache_sizes(plan),
         "memory_usage": usage,
         "qcc": {
             "format": METADATA_FORMAT,
@@ -268,9 +262,29 @@ def _metadata(
             "page_size": PAGE_SIZE,
             "rope_table_bytes": _rope_table_bytes(plan),
             "slots": slots,
+            "states": [{"name": s.name, "shape": list(s.shape)} for s in config.states],
             "rope": dataclasses.asdict(config.rope),
         },
     }
+
+
+def _state_kind(plan: Plan) -> str:
+    """What sequences keep, as clients name it."""
+    if plan.embedding is not None:
+        return "none"
+    return "hybrid" if plan.config.states else "kv_cache"
+
+
+def _cache_sizes(plan: Plan) -> dict[str, int]:
+    """Of the KV cache; an embedding model has none, so one of no layers and no heads."""
+    config = plan.config
+    sizes = {
+        "num_hidden_layers": len(config.cache_layers),
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+    }
+    return sizes if plan.embedding is None else dict.fromkeys(sizes, 0)
 
 
 def _rope_table_bytes(plan: Plan) -> int:

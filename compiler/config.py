@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qcc.compiler.recurrent_config import DeltaConfig, StateTensor
 from qcc.quant_schemes.errors import did_you_mean
 from qcc.runtime.errors import QccError
 
@@ -68,6 +69,11 @@ MAXIMA = {
     "qk_nope_head_dim": 4096,
     "qk_rope_head_dim": 4096,
     "v_head_dim": 4096,
+    "linear_num_key_heads": 4096,
+    "linear_num_value_heads": 4096,
+    "linear_key_head_dim": 4096,
+    "linear_value_head_dim": 4096,
+    "linear_conv_kernel_dim": 64,
     "vocab_size": 2**24,
 }
 
@@ -312,6 +318,7 @@ class ModelConfig:
     rope_length: int = 0
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
+    delta: DeltaConfig | None = None
     learned_positions: bool = False
     unit_head: bool = False  # rows of lm_head are normalized
     bidirectional: bool = False  # a token sees those behind it, too
@@ -321,6 +328,17 @@ class ModelConfig:
     def is_windowed(self, layer: int) -> bool:
         """Whether a layer sees the last `layer_window` tokens only."""
         return bool(self.windowed) and self.windowed[layer]
+
+    @property
+    def cache_layers(self) -> tuple[int, ...]:
+        """The layers whose keys and values a cache holds, by their places in it."""
+        layers = range(self.num_hidden_layers)
+        return tuple(i for i in layers if self.delta is None or not self.delta.layers[i])
+
+    @property
+    def states(self) -> tuple[StateTensor, ...]:
+        """What a sequence keeps besides; each layer's together, in the layers' order."""
+        return () if self.delta is None else self.delta.states
 
     @property
     def rotates_in_graph(self) -> bool:

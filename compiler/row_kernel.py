@@ -23,9 +23,17 @@ def i64(value: int) -> tirx.IntImm:
 
 
 def row_kernel(
-    name: str, rows: tirx.Var, inputs: Args, outputs: Args, body: Callable[..., None]
+    name: str,
+    rows: Any,
+    inputs: Args,
+    outputs: Args,
+    body: Callable[..., None],
+    scattered: bool = False,
 ) -> tirx.PrimFunc:
-    """A PrimFunc of one block a row: `body(row, *buffers)` writes that row of every output."""
+    """A PrimFunc of one block a row: `body(row, *buffers)` writes that row of every output.
+
+    `scattered`: it writes elements of its own of every output, wherever they are.
+    """
     with IRBuilder() as builder:
         with T.prim_func(s_tir=True, private=True):
             T.func_attr({"tirx.noalias": True, OP_PATTERN: OPAQUE, ROLE: name})
@@ -39,7 +47,8 @@ def row_kernel(
                         row = T.axis.spatial(rows, i)
                         # workspace rows are read as well, after this block wrote them: not reads
                         T.reads(*(_region(buffer, None) for buffer in buffers[: len(inputs)]))
-                        T.writes(*(_region(buffer, row) for buffer in buffers[len(inputs) :]))
+                        at = None if scattered else row
+                        T.writes(*(_region(buffer, at) for buffer in buffers[len(inputs) :]))
                         body(row, *buffers)
     return builder.get()
 

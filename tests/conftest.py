@@ -129,6 +129,8 @@ def _randomize(model: Any, seed: int) -> None:
             if tensor.ndim > 1:
                 gain = 3.0 if any(part in name for part in ("embed", "lm_head")) else 1.5
                 tensor.copy_(normal * gain / tensor.shape[-1] ** 0.5)
+            elif name.endswith("A_log"):  # heads that forget within 2 tokens, or within 100
+                tensor.copy_(normal - 2)
             elif name.endswith("bias"):
                 tensor.copy_(0.3 * normal)
             else:
@@ -145,7 +147,7 @@ def _steepen(model: Any) -> None:
     ids = torch.arange(3, 67).remainder(model.config.vocab_size)[None]
     with torch.no_grad():
         most = float(model(ids, use_cache=False).logits.abs().max())
-        if not 4.5 < most < 30:
+        if not 4.5 < most < 20:
             model.get_output_embeddings().weight.mul_(6 / most)
 
 

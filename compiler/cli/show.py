@@ -65,6 +65,7 @@ def _artifact(folder: Path) -> dict[str, Any]:
     return {
         "artifact": str(folder),
         "model_type": artifact.chat_config.get("model_type"),
+        "task": manifest.task,
         "source": dict(manifest.source),
         "scheme": manifest.scheme,
         "method": manifest.method,
@@ -100,12 +101,14 @@ def _checkpoint(model: str, quant: str | None) -> dict[str, Any]:
     specs = weight_specs(plan)
     parts = [part for spec in specs for part in spec.stored]
     config = plan.config
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    per_token = 2 * len(config.cache_layers) * config.num_key_value_heads * config.head_dim * 4
+    per_token = 0 if plan.embedding else per_token
     parameters = sum(math.prod(spec.shape) for spec in specs)
     stored = sum(tensor_bytes(part.shape, part.dtype) for part in parts)
     return {
         "checkpoint": model,
         "model_type": config.model_type,
+        "task": plan.task,
         "parameters": parameters,
         "config": dataclasses.asdict(config),
         "scheme": plan.scheme.name,
@@ -113,6 +116,7 @@ def _checkpoint(model: str, quant: str | None) -> dict[str, Any]:
         "bits_per_weight": 8 * stored / parameters,
         "sizes": plan.sizes.as_dict(),
         "kv_bytes_per_token": per_token,
+        "state_bytes_per_sequence": 4 * sum(math.prod(s.shape) for s in config.states) or None,
         "kv_bytes": per_token * plan.sizes.max_positions,
     }
 
@@ -144,8 +148,13 @@ def _print(facts: dict[str, Any]) -> None:
             continue
         budget = library["budget"]
         print(f"  weights              {budget['weights'] / 1e6:10,.1f} MB")
-        tokens = f"{library['kv_tokens']:,} tokens at {library['kv_bytes_per_token'] / 1e3:,.1f} kB"
-        print(f"  KV cache in full     {budget['kv_cache'] / 1e6:10,.1f} MB  ({tokens})")
+        if facts["task"] != "embedding":
+            each = f"{library['kv_bytes_per_token'] / 1e3:,.1f} kB"
+            tokens = f"{library['kv_tokens']:,} tokens at {each}"
+            print(f"  KV cache in full     {budget['kv_cache'] / 1e6:10,.1f} MB  ({tokens})")
+        if budget["states"]:
+            each = f"{library['state_bytes_per_sequence'] / 1e3:,.1f} kB a sequence"
+            print(f"  states               {budget['states'] / 1e6:10,.1f} MB  ({each})")
         print(f"  temporaries          {budget['temporaries'] / 1e6:10,.1f} MB  of these:")
         for function, size in library["memory_usage"].items():
             print(f"    {function:<19}{size / 1e6:10,.1f} MB")

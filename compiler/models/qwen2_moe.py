@@ -37,7 +37,12 @@ def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
 
 
 def read_qwen_experts(
-    reader: ConfigReader, count: int, per_token: int, size: int, shared: int = 0
+    reader: ConfigReader,
+    count: int,
+    per_token: int,
+    size: int,
+    shared: int = 0,
+    normalized: bool = False,
 ) -> ExpertsConfig:
     """Experts as Qwen's configurations have them; numbers are those where a key is absent.
 
@@ -56,7 +61,7 @@ def read_qwen_experts(
         (key, count),
         per_token,
         ("moe_intermediate_size", size),
-        normalized=reader.flag("norm_topk_prob", False),
+        normalized=reader.flag("norm_topk_prob", normalized),
         shared_size=shared,
         dense_layers=tuple(i for i in range(layers) if i in dense or (i + 1) % step),
     )

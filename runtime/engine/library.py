@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from qcc.runtime.engine import tvm_runtime
 from qcc.runtime.engine.metadata import Metadata
+from qcc.runtime.engine.state import RecurrentState
 from qcc.runtime.errors import QccError
 
 POOLED_ALLOCATOR = 2
@@ -100,14 +101,15 @@ class Library:
         """
         hidden = self.embed(tokens)
         shape = self.ffi.Shape((1, *map(int, hidden.shape)))
-        result = self.vm["layer_outputs"](self._reshape(hidden, shape), cache.handle, self.params)
+        embedded = self._reshape(hidden, shape)
+        result = self.vm["layer_outputs"](embedded, *cache.arguments, self.params)
         return [np.from_dlpack(hidden).astype(np.float32), *np.from_dlpack(result[0]).copy()]
 
     def _run(
         self, name: str, hidden: Any, lead: tuple[int, int], cache: KVCache, *extra: Any
     ) -> Floats:
         shape = self.ffi.Shape((*lead, int(hidden.shape[-1])))
-        result = self.vm[name](self._reshape(hidden, shape), *extra, cache.handle, self.params)
+        result = self.vm[name](self._reshape(hidden, shape), *extra, *cache.arguments, self.params)
         logits = np.from_dlpack(result[0])
         return cast("Floats", logits.reshape(-1, logits.shape[-1]))
 
@@ -116,7 +118,7 @@ class Library:
 
 
 class KVCache:
-    """TVM's paged KV cache, made by the library's own function."""
+    """TVM's paged KV cache, made by the library's own function, and what sequences keep besides."""
 
     def __init__(
         self, library: Library, max_batch_size: int, total_tokens: int, prefill_chunk_size: int
@@ -129,6 +131,9 @@ class KVCache:
         make = library.vm["create_tir_paged_kv_cache"]
         self._shape = library.ffi.Shape
         self.handle = make(*(self._shape((size,)) for size in sizes))
+        self.recurrent = (
+            RecurrentState(library.ffi, meta.states, max_batch_size) if meta.states else None
+        )
         self._state = {
             name: tvm_runtime.global_function(f"vm.builtin.kv_state_{name}") for name in STATE
         }
@@ -136,35 +141,64 @@ class KVCache:
         self._slide = tvm_runtime.global_function(attention + "enable_sliding_window_for_seq")
         self._free = tvm_runtime.global_function(attention + "get_num_available_pages")
 
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the library's functions take of it in the run that `begin` announced."""
+        if self.recurrent is None:
+            return (self.handle,)
+        return self.handle, self.recurrent.tensors, self.recurrent.segments
+
     def add(self, seq: int) -> None:
         """Begin an empty sequence."""
+        if self.recurrent:
+            self.recurrent.add(seq)
         self._state["add_sequence"](self.handle, seq)
         if self.sliding[0] > 0:
             self._slide(self.handle, seq, *self.sliding)
 
     def remove(self, seq: int) -> None:
         """Forget a sequence and free its pages."""
+        if self.recurrent:
+            self.recurrent.remove(seq)
         self._state["remove_sequence"](self.handle, seq)
 
     def fork(self, parent: int, child: int, position: int = -1) -> None:
-        """Begin `child` with the first `position` tokens of `parent` (-1: all)."""
+        """Begin `child` with the first `position` tokens of `parent` (-1: all).
+
+        Raises:
+            QccError: the model has recurrent layers, and these are not all of the parent's tokens.
+        """
+        if self.recurrent:
+            self.recurrent.fork(parent, child, position)
         self._state["fork_sequence"](self.handle, parent, child, position)
 
     def pop(self, seq: int, count: int) -> None:
-        """Forget the last `count` tokens; never of a sequence that has slid."""
+        """Forget the last `count` tokens; never of a sequence that has slid.
+
+        Raises:
+            QccError: the model has recurrent layers.
+        """
+        if self.recurrent:
+            self.recurrent.pop(count)
         self._state["popn"](self.handle, seq, count)
 
     def clear(self) -> None:
         """Forget all sequences."""
+        if self.recurrent:
+            self.recurrent.clear()
         self._state["clear"](self.handle)
 
     def begin(self, seqs: Sequence[int], lengths: Sequence[int]) -> None:
         """Announce a run that appends `lengths[i]` tokens to sequence `seqs[i]`."""
+        if self.recurrent:
+            self.recurrent.begin(seqs, lengths)
         self._state["begin_forward"](self.handle, self._shape(seqs), self._shape(lengths))
 
     def end(self) -> None:
         """The run that `begin` announced is over."""
         self._state["end_forward"](self.handle)
+        if self.recurrent:
+            self.recurrent.end()
 
     @property
     def free_pages(self) -> int:

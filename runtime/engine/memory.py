@@ -38,17 +38,19 @@ class Budget:
     weights: int
     kv_cache: int
     temporaries: int
+    states: int = 0  # of recurrent layers
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.kv_cache + self.temporaries
+        return self.weights + self.kv_cache + self.temporaries + self.states
 
     def __str__(self) -> str:
-        parts = (self.weights, self.kv_cache, self.temporaries)
-        return "weights {} + KV cache {} + temporaries {} MB".format(
-            *(f"{p / 1e6:,.0f}" for p in parts)
-        )
+        parts = {"weights": self.weights, "KV cache": self.kv_cache}
+        if self.states:
+            parts["states"] = self.states
+        parts["temporaries"] = self.temporaries
+        return " + ".join(f"{name} {size / 1e6:,.0f}" for name, size in parts.items()) + " MB"
 
 
 def budget(meta: Metadata, max_batch_size: int, total_tokens: int) -> Budget:
@@ -63,6 +65,7 @@ def budget(meta: Metadata, max_batch_size: int, total_tokens: int) -> Budget:
         + meta.rope_table_bytes
         + meta.kv_workspace_bytes,
         max(used, default=0),
+        max_batch_size * meta.state_bytes,
     )
 
 
@@ -115,5 +118,6 @@ def report(meta: Metadata) -> dict[str, Any]:
         "budget": {**asdict(full), "total": full.total},
         "kv_tokens": tokens,
         "kv_bytes_per_token": meta.kv_token_bytes,
+        "state_bytes_per_sequence": meta.state_bytes,
         "memory_usage": dict(meta.memory_usage),
     }

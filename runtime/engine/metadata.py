@@ -64,6 +64,7 @@ class Metadata:
     memory_usage: dict[str, int]
     params: tuple[TensorType, ...]
     slots: tuple[Slot, ...]
+    states: tuple[TensorType, ...] = ()  # of one sequence, besides keys and values
 
     @classmethod
     def parse(cls, text: str, where: str) -> Metadata:
@@ -105,6 +106,11 @@ class Metadata:
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
         per_token = heads * self.head_dim * DTYPE_BYTES[self.kv_dtype]
         return self.prefill_chunk_size * (per_token + 2 * self.num_attention_heads * 4)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what a sequence keeps besides keys and values, however long it is."""
+        return sum(state.nbytes for state in self.states)
 
     @property
     def weight_bytes(self) -> int:
@@ -155,7 +161,8 @@ def _tensors(data: dict[str, Any]) -> dict[str, Any]:
                 f"slot {slot.type.name!r} takes {len(slot.stored)} tensors as they are"
             )
         slots.append(slot)
-    return {"params": params, "slots": tuple(slots)}
+    states = tuple(_type({**item, "dtype": "float32"}) for item in data["qcc"].get("states", []))
+    return {"params": params, "slots": tuple(slots), "states": states}
 
 
 def _type(item: dict[str, Any]) -> TensorType:

@@ -20,7 +20,8 @@ class Limits:
     """Bounds of a run. In tokens, but for max_batch_size (sequences) and pages.
 
     `max_length` bounds prompt and answer together; None: a sliding window, no bound, and then
-    `window` is the number of tokens that a sequence keeps.
+    `window` is the number of tokens that a sequence keeps. Where layers keep states, which cannot
+    forget tokens, `forgets` is False.
     """
 
     vocab_size: int
@@ -30,6 +31,7 @@ class Limits:
     window: int | None
     page_size: int
     pages: int
+    forgets: bool = True  # a sequence's last tokens can be forgotten
 
     def pages_of(self, length: int | None) -> int:
         """Pages that a sequence of `length` tokens (None: unbounded) may come to hold."""
@@ -56,7 +58,7 @@ class Model(Protocol):
         """Forget a sequence."""
 
     def pop(self, seq: int, count: int) -> None:
-        """Forget the last `count` tokens of a sequence that never slid."""
+        """Forget the last `count` tokens of a sequence that never slid, where `limits.forgets`."""
 
     def prefill(self, seqs: Sequence[int], tokens: Sequence[Tokens]) -> Floats:
         """Append int32[n_i] to each sequence -> logits f32[b, V] after the last of each."""
@@ -109,6 +111,7 @@ class CompiledModel:
             window=length if slides else None,
             page_size=meta.page_size,
             pages=total_pages(meta, batch, total),
+            forgets=not meta.states,
         )
 
     def add_sequence(self, seq: int) -> None:
@@ -120,7 +123,7 @@ class CompiledModel:
         self.cache.remove(seq)
 
     def pop(self, seq: int, count: int) -> None:
-        """Forget the last `count` tokens of a sequence that never slid."""
+        """See Model."""
         self.cache.pop(seq, count)
 
     def prefill(self, seqs: Sequence[int], tokens: Sequence[Tokens]) -> Floats:

@@ -209,7 +209,7 @@ class Scheduler:
         """Cut a session's sequence to what it shares with a prompt; returns that length.
 
         The prompt's last token is always computed: its logits are wanted. A sequence that slid has
-        lost its beginning and cannot be cut: it begins anew.
+        lost its beginning and cannot be cut, nor can one with states: it begins anew.
         """
         shared = 0
         for old, new in zip(session.cached, prompt[:-1], strict=False):
@@ -219,7 +219,7 @@ class Scheduler:
         assert session.seq is not None, "only a session with a sequence is cut"
         surplus = len(session.cached) - shared
         slid = self.limits.window is not None and len(session.cached) > self.limits.window
-        if shared == 0 or (slid and surplus):
+        if shared == 0 or (surplus and (slid or not self.limits.forgets)):
             self.model.remove_sequence(session.seq)
             session.seq = None
             return 0

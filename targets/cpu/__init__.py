@@ -24,11 +24,12 @@ def _passes(phase: str, target: tvm.target.Target, opt: int) -> Sequence[Any]:
     """The CPU's passes of a phase: `lower` (O1 and up) or `schedule`."""
     from qcc.targets.cpu.isa import isa_of
     from qcc.targets.cpu.passes.lower_linear import LowerLinear
+    from qcc.targets.cpu.passes.lower_scans import LowerScans
     from qcc.targets.cpu.passes.schedule import ScheduleLoops
 
     isa = isa_of(target)
     if phase == "lower":
-        return [LowerLinear(isa)] if opt >= 1 else []
+        return [LowerLinear(isa), LowerScans(isa)] if opt >= 1 else []
     assert phase == "schedule", phase
     return [ScheduleLoops(isa)]
 

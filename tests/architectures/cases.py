@@ -38,6 +38,16 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 28,
 }
 
+# Gated delta networks in three of four layers; three value heads share a key.
+DELTA: dict[str, Any] = {
+    "num_hidden_layers": 5,
+    "partial_rotary_factor": 0.4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -251,6 +261,27 @@ CASES = [
         {
             "num_hidden_layers": 2, "num_experts": 17, "num_experts_per_tok": 4,
             "moe_intermediate_size": 44, "norm_topk_prob": True, "decoder_sparse_step": 2,
+        },
+    ),
+    Case("qwen3_5", "qwen3_5_text", DELTA),
+    Case(
+        "qwen3_5-order", "qwen3_5_text",
+        {
+            **DELTA, "num_hidden_layers": 3, "attention_bias": True, "tie_word_embeddings": True,
+            "layer_types": ["full_attention", "linear_attention", "full_attention"],
+            "linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_key_head_dim": 9,
+            "linear_conv_kernel_dim": 2, "rope_parameters": {
+                "rope_theta": 1000.0, "rope_type": "default", "partial_rotary_factor": 0.8,
+                "mrope_interleaved": True, "mrope_section": [4, 2, 2],
+            },
+        },
+        quantized=False,
+    ),
+    Case(
+        "qwen3_next", "qwen3_next",
+        {
+            **DELTA, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 44,
+            "shared_expert_intermediate_size": 52, "mlp_only_layers": [1],
         },
     ),
     Case(

@@ -1,0 +1,176 @@
+"""The scans of a gated delta network, vectorized over channels and columns of the states.
+
+compiler/models/delta_rule.py says what they compute. A column of a head's state needs no other
+column, so a thread takes a block of columns through all tokens of a sequence: 128 rows of 64
+numbers stay in its first cache. Each token reads the block twice: for what the state knows of the
+key, then to change it and answer the query.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from qcc.quant_schemes.attributes import CAUSAL_CONV, DELTA_RULE, ROLE
+from qcc.targets.cpu.isa import Isa
+from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels.tir import fma, i64, kernel, lanes_from, parallel, serial, splat, zeros
+
+MAX_VECTORS = 4  # side by side in a block
+Shape = tuple[Any, ...]
+
+
+def _block(columns: int, isa: Isa) -> tuple[int, int]:
+    """(lanes, vectors) of a block of columns that divides them."""
+    lanes = math.gcd(columns, isa.lanes)
+    return lanes, next(n for n in range(MAX_VECTORS, 0, -1) if columns // lanes % n == 0)
+
+
+def _segment(segments: Any, index: Any) -> list[Any]:
+    """Place, first row and number of rows of a sequence, int64."""
+    return [T.bind(T.cast(segments[index, i64(field)], "int64")) for field in range(3)]
+
+
+def _silu(x: Any, lanes: int) -> Any:
+    """x / (1 + exp(-x)); exp of what is never positive."""
+    x = vx.keep(x, lanes)
+    none, one = vx.splat(0.0, lanes), vx.splat(1.0, lanes)
+    falling = vx.exp2(T.max(x, none - x) * vx.splat(-vx.LOG2_E, lanes), lanes)
+    return x * T.Select(x < none, falling, one) / (one + falling)
+
+
+@cache
+def causal_conv(taps: int, channels: int, width: int, isa: Isa) -> tirx.PrimFunc:
+    """PrimFunc (x f32[m, width], weight f32[taps * c], segments, state, out f32[m, c])."""
+    m, b, slots = (tirx.Var(name, "int64") for name in ("m", "b", "s"))
+    lanes, vectors = _block(channels, isa)
+    blocks = channels // (lanes * vectors)
+
+    def body(x: Any, weight: Any, segments: Any, state: Any, out: Any) -> None:
+        def channel_vector(slot: Any, first: Any, count: Any, channel: Any) -> None:
+            at = lanes_from(channel, lanes)
+            factors = [
+                vx.keep(weight[lanes_from(channel + tap * channels, lanes)], lanes)
+                for tap in range(taps)
+            ]
+
+            def store(t: Any, rows: list[Any]) -> None:
+                total = vx.keep(zeros(lanes), lanes)
+                for factor, row in zip(factors, rows, strict=True):
+                    total = vx.keep(vx.fma(factor, row, total, lanes), lanes)
+                T.buffer_store(out, _silu(total, lanes), [first + t, at])
+
+            def past(place: int) -> Any:
+                return state[slot, i64(place), at]
+
+            for t in range(taps - 1):
+                with T.If(count > t), T.Then():
+                    rows = [past(place) for place in range(t, taps - 1)]
+                    store(i64(t), rows + [x[first + row, at] for row in range(t + 1)])
+            with serial(T.max(count - (taps - 1), i64(0))) as i:
+                store(i + (taps - 1), [x[first + i + tap, at] for tap in range(taps)])
+            for place in range(taps - 1):
+                row = count + (place - taps + 1)
+                with T.If(row >= 0):
+                    with T.Then():
+                        T.buffer_store(state, x[first + row, at], [slot, i64(place), at])
+                    with T.Else():
+                        older = state[slot, T.min(count + place, i64(taps - 2)), at]
+                        T.buffer_store(state, older, [slot, i64(place), at])
+
+        with parallel(b * blocks) as i:
+            slot, first, count = _segment(segments, tirx.floordiv(i, blocks))
+            block = T.bind(tirx.floormod(i, blocks) * (lanes * vectors))
+            with serial(vectors) as v:
+                channel_vector(slot, first, count, T.bind(block + v * lanes))
+
+    args: list[tuple[str, Shape, str]] = [
+        ("x", (m, width), "float32"),
+        ("weight", (taps * channels,), "float32"),
+        ("segments", (b, 3), "int32"),
+        ("state", (slots, taps - 1, channels), "float32"),
+        ("out", (m, channels), "float32"),
+    ]
+    return kernel(CAUSAL_CONV, args, body, {ROLE: CAUSAL_CONV}, outputs=2)
+
+
+@cache
+def delta_rule(key_heads: int, heads: int, dim: int, wide: int, isa: Isa) -> tirx.PrimFunc:
+    """PrimFunc (qkv, norms, gates, segments, state f32[s, heads, dim, wide], out f32[m, v])."""
+    m, b, slots = (tirx.Var(name, "int64") for name in ("m", "b", "s"))
+    lanes, vectors = _block(wide, isa)
+    blocks, each, keys = wide // (lanes * vectors), heads // key_heads, key_heads * dim
+    vtype = f"float32x{lanes}" if lanes > 1 else "float32"
+    # Sums of as many rows go on side by side, so that no addition waits for the one before.
+    rows = next(n for n in (2, 1) if dim % n == 0)
+
+    def body(qkv: Any, norms: Any, gates: Any, segments: Any, state: Any, out: Any) -> None:
+        with parallel(b * (heads * blocks)) as i:
+            slot, first, count = _segment(segments, tirx.floordiv(i, heads * blocks))
+            head = T.bind(tirx.floormod(tirx.floordiv(i, blocks), heads))
+            key_head = T.bind(tirx.floordiv(head, each))
+            column = T.bind(tirx.floormod(i, blocks) * (lanes * vectors))
+            sums = [[vx.Reg(lanes) for _ in range(vectors)] for _ in range(rows)]
+            changes = [vx.Reg(lanes) for _ in range(vectors)]
+
+            def at(v: int) -> Any:
+                return lanes_from(column + v * lanes, lanes)
+
+            def add(row: int, v: int, number: Any, vector: Any) -> None:
+                sums[row][v].set(fma(splat(number, lanes), vector, sums[row][v].get(), vtype))
+
+            def total(v: int) -> Any:
+                value = sums[0][v].get()
+                return value if rows == 1 else value + sums[1][v].get()
+
+            with serial(count) as t:
+                token = T.bind(first + t)
+                decay = T.bind(gates[token, head])
+                norm = T.bind(norms[token, key_heads + key_head])
+                for reg in (reg for row in sums for reg in row):
+                    reg.set(zeros(lanes))
+                with serial(dim // rows) as pair:
+                    for row in range(rows):
+                        place = pair * rows + row
+                        key = T.bind(qkv[token, keys + key_head * dim + place])
+                        for v in range(vectors):
+                            add(row, v, key, state[slot, head, place, at(v)])
+                strength = T.bind(gates[token, heads + head] * norm)
+                known = T.bind(decay * norm)
+                for v, change in enumerate(changes):
+                    where = lanes_from(2 * keys + head * wide + column + v * lanes, lanes)
+                    rest = qkv[token, where] - total(v) * splat(known, lanes)
+                    change.set(rest * splat(strength, lanes))
+                for reg in (reg for row in sums for reg in row):
+                    reg.set(zeros(lanes))
+                with serial(dim // rows) as pair:
+                    for row in range(rows):
+                        place = pair * rows + row
+                        key = T.bind(qkv[token, keys + key_head * dim + place])
+                        query = T.bind(qkv[token, key_head * dim + place])
+                        for v in range(vectors):
+                            old = state[slot, head, place, at(v)] * splat(decay, lanes)
+                            new = vx.keep(
+                                fma(splat(key, lanes), changes[v].get(), old, vtype), lanes
+                            )
+                            T.buffer_store(state, new, [slot, head, place, at(v)])
+                            add(row, v, query, new)
+                answer = T.bind(norms[token, key_head])
+                for v in range(vectors):
+                    found = total(v) * splat(answer, lanes)
+                    where = lanes_from(head * wide + column + v * lanes, lanes)
+                    T.buffer_store(out, found, [token, where])
+
+    args: list[tuple[str, Shape, str]] = [
+        ("qkv", (m, 2 * keys + heads * wide), "float32"),
+        ("norms", (m, 2 * key_heads), "float32"),
+        ("gates", (m, 2 * heads), "float32"),
+        ("segments", (b, 3), "int32"),
+        ("state", (slots, heads, dim, wide), "float32"),
+        ("out", (m, heads * wide), "float32"),
+    ]
+    return kernel(DELTA_RULE, args, body, {ROLE: DELTA_RULE}, outputs=2)
