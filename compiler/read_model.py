@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qcc.compiler.config import ModelConfig, read_json
 from qcc.compiler.embedding import EmbeddingFacts, as_embedding, embedding_facts, without_prefix
-from qcc.compiler.models import find_architecture
+from qcc.compiler.models import find_architecture, is_headless
 from qcc.compiler.models.architecture import Architecture
 from qcc.runtime.errors import QccError
 
@@ -31,7 +31,11 @@ def read_model(
         raise QccError(f"{where}: not a JSON object")
     architecture = find_architecture(raw, str(where))
     config = architecture.config(raw, str(where))
+    if task == "auto" and is_headless(raw):
+        task = "embedding"
     facts = embedding_facts(folder, task, config)
+    if facts is not None and config.states:
+        raise QccError(f"{folder}: {config.model_type} is recurrent: it makes no embeddings")
     if facts is not None:
         config = as_embedding(config, facts.pooling)
     if names is not None:

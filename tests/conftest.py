@@ -101,7 +101,7 @@ def bundled() -> Path:
     return MODEL_DIR
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """One token a byte, and <s>, </s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -116,7 +116,7 @@ def _write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
-def _randomize(model: Any, seed: int) -> None:
+def randomize(model: Any, seed: int) -> None:
     """Weights for which a mistake shows: logits of order 5, scores of order 2, no norm of ones."""
     import torch
 
@@ -171,11 +171,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             if (config.pad_token_id or 0) >= config.vocab_size:
                 config.pad_token_id = None
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            _randomize(model, seed=0)
+            randomize(model, seed=0)
             _steepen(model)
             folder = tmp_path_factory.mktemp(arch)
             model.save_pretrained(folder)
-            _write_tokenizer(folder)
+            write_tokenizer(folder)
             made[key] = folder
         return made[key]
 
@@ -196,7 +196,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         key = json.dumps([arch, changes], sort_keys=True)
         if key not in made:
             made[key] = save(arch, tmp_path_factory.mktemp(arch), **changes)
-            _write_tokenizer(made[key].folder)
+            write_tokenizer(made[key].folder)
         return made[key]
 
     return make

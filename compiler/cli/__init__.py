@@ -21,7 +21,10 @@ from typing import Any, NoReturn
 from qcc.quant_schemes.errors import SchemeError, did_you_mean
 from qcc.runtime.errors import QccError
 
-ORDER = ("quickstart", "compile", "convert", "generate", "chat", "eval", "show", "list", "doctor")
+ORDER = (
+    *("quickstart", "compile", "convert", "generate", "chat", "embed", "eval", "show", "list"),
+    "doctor",
+)
 # Errors of the operating system that are the user's business and not a bug of ours.
 USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
@@ -54,7 +57,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_all(self, args: Sequence[str]) -> argparse.Namespace:
         """parse_args, but an unknown flag gets a "did you mean"."""
-        parsed, extra = self.parse_known_args(args)
+        # Intermixed: else an optional positional behind a flag is not found.
+        parsed, extra = self.parse_known_intermixed_args(args)
         if extra:
             flags = [word for word in extra if word.startswith("-")]
             word = (flags or extra)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,17 +65,23 @@ def artifact_folder(model: str) -> Path:
     return Path(compile_cached(model, Steps()))
 
 
-def load(args: argparse.Namespace) -> LLM:
-    """The model, for one answer at a time; progress on a terminal only."""
-    folder = artifact_folder(args.model)
-    from qcc.runtime.engine.llm import LLM
-
-    shown = sys.stderr.isatty()
+def shown_progress() -> Callable[[str, int, int], None] | None:
+    """Shows how far a long step of loading is, on a terminal; else None."""
+    if not sys.stderr.isatty():
+        return None
 
     def progress(what: str, done: int, total: int) -> None:
         end = "\r\x1b[K" if done >= total else ""
         sys.stderr.write(f"\r\x1b[K{what}: {done / max(total, 1):.0%}{end}")
         sys.stderr.flush()
+
+    return progress
+
+
+def load(args: argparse.Namespace) -> LLM:
+    """The model, for one answer at a time; progress on a terminal only."""
+    folder = artifact_folder(args.model)
+    from qcc.runtime.engine.llm import LLM
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -84,7 +91,7 @@ def load(args: argparse.Namespace) -> LLM:
             args.threads,
             args.context_window,
             max_batch_size=1,
-            progress=progress if shown else None,
+            progress=shown_progress(),
         )
     for warning in caught:
         print(f"qcc: warning: {warning.message}", file=sys.stderr)

@@ -138,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
     from qcc.compiler.steps import Steps
     from qcc.runtime.errors import QccError
     from qcc.runtime.eval.protocol import read_text
+    from qcc.runtime.manifest import read_manifest
     from qcc.targets.spec import BuildOptions
 
     targets = tuple(name.strip() for name in args.target.split(",") if name.strip())
@@ -155,7 +156,9 @@ def run(args: argparse.Namespace) -> int:
     out = compile_model(args.model, Path(args.output), options, steps)
     if args.eval:
         measure(out, args, steps)
-    print(f'{out}: run it with `qcc generate {out} "Once upon a time"`')
+    is_embedding = read_manifest(out).get("task") == "embedding"
+    verb = 'embed {} "a text" "another"' if is_embedding else 'generate {} "Once upon a time"'
+    print(f"{out}: run it with `qcc {verb.format(out)}`")
     return 0
 
 

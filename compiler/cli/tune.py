@@ -118,6 +118,8 @@ def _tune(args: argparse.Namespace, steps: Any) -> Any:
     with open_checkpoint(source, options) as checkpoint:
         plan = make_plan(source, options, DEFAULT_CHUNK)
         specs = weight_specs(plan)
+        if plan.embedding is not None:
+            raise QccError(f"{source}: an embedding model is not tuned: it has no logits")
         if args.lm_head is not None and all(spec.role != "lm_head" for spec in specs):
             raise QccError(
                 "--lm-head: the model has no lm_head of its own, it multiplies by its embedding; "

@@ -53,7 +53,7 @@ def find_architecture(raw: dict[str, Any], where: str) -> Architecture:
             f"{where}: architectures is {shown(names)}, it must be a list of class names"
         )
     for architecture in known.values():
-        if any(name in architecture.hf_names for name in names):
+        if any(_with_head(name) in architecture.hf_names for name in names):
             return architecture
     model_type = raw.get("model_type")
     model_type = model_type if isinstance(model_type, str) else shown(model_type)
@@ -65,3 +65,19 @@ def find_architecture(raw: dict[str, Any], where: str) -> Architecture:
         f"{where}: architecture {shown(asked)} is not supported{did_you_mean(asked, classes)}; "
         f"supported: {', '.join(classes)} (qcc list models)"
     )
+
+
+def is_headless(raw: dict[str, Any]) -> bool:
+    """Whether a config.json names the class of a decoder without its lm_head, as MistralModel."""
+    names = raw.get("architectures") or []
+    return bool(names) and all(_with_head(name) != name for name in names)
+
+
+def _with_head(name: str) -> str:
+    """MistralModel -> MistralForCausalLM; any other name as it is."""
+    if not name.endswith("Model"):
+        return name
+    stem = name.removesuffix("Model").removesuffix("Text")
+    known = {each for found in architectures().values() for each in found.hf_names}
+    headed = (f"{stem}ForCausalLM", f"{stem}LMHeadModel")
+    return next((each for each in headed if each in known), name)

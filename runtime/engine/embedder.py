@@ -72,7 +72,8 @@ class Usage:
         if name is None:
             return ""
         if name not in self.prompts:
-            raise QccError(f"prompt {name!r}: the model has {', '.join(self.prompts) or 'none'}")
+            known = ", ".join(self.prompts) or "no prompts"
+            raise QccError(f"prompt {name!r}: the model has {known}")
         return self.prompts[name]
 
 
@@ -137,11 +138,26 @@ class Embedder:
         many = [texts] if isinstance(texts, str) else list(texts)
         if dimensions is not None and not 1 <= dimensions <= self.dimensions:
             raise QccError(f"dimensions {dimensions}: the model has 1 to {self.dimensions}")
-        tokens = self.tokenize(many, prompt_name, truncate)
-        found = [np.zeros((0, self.dimensions), np.float32)]
-        found += [self._encode(part) for part in self._passes(tokens)]
-        vectors = np.concatenate(found)
+        vectors = self.encode(self.tokenize(many, prompt_name, truncate))
         return vectors if dimensions is None else unit(vectors[:, :dimensions])
+
+    def encode(self, tokens: Sequence[Sequence[int]]) -> Floats:
+        """A vector of each list of token ids, f32[b, H].
+
+        Raises:
+            QccError: an empty list, one longer than the window, an unknown token.
+        """
+        vocabulary = self.library.metadata.vocab_size
+        for index, ids in enumerate(tokens):
+            if not 1 <= len(ids) <= self.window:
+                raise QccError(
+                    f"text {index + 1} has {len(ids)} tokens, it must have 1 to {self.window}"
+                )
+            if min(ids) < 0 or max(ids) >= vocabulary:
+                raise QccError(f"text {index + 1}: the model has token ids 0 to {vocabulary - 1}")
+        found = [np.zeros((0, self.dimensions), np.float32)]
+        found += [self._run(part) for part in self._passes(tokens)]
+        return np.concatenate(found)
 
     def tokenize(
         self, texts: Sequence[str], prompt_name: str | None = None, truncate: bool = True
@@ -164,10 +180,10 @@ class Embedder:
             warnings.warn(f"{what}: its end is cut off", stacklevel=4)
         return ids
 
-    def _passes(self, tokens: list[list[int]]) -> Iterator[list[list[int]]]:
+    def _passes(self, tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         """Texts in order, as many at a time as fit."""
         meta = self.library.metadata
-        part: list[list[int]] = []
+        part: list[Sequence[int]] = []
         used = 0
         for ids in tokens:
             if part and (
@@ -180,7 +196,7 @@ class Embedder:
         if part:
             yield part
 
-    def _encode(self, texts: list[list[int]]) -> Floats:
+    def _run(self, texts: list[Sequence[int]]) -> Floats:
         ends = np.cumsum([len(ids) for ids in texts], dtype=np.int32)
         # A copy: the VM uses its memory again.
         return self.library.encode(np.concatenate(texts).astype(np.int32), ends).copy()

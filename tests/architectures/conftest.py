@@ -17,7 +17,7 @@ from .cases import PARAMETERS, Case
 
 # Names the file to which outcomes are added, for table.py.
 RESULTS = "QCC_ARCHITECTURE_RESULTS"
-CHECKS = "test_numbers.py"
+CHECKS = ("test_numbers.py", "test_embeddings.py")
 
 Logits = Callable[[list[int]], Any]  # token ids -> f32[n, V], every position
 
@@ -30,13 +30,13 @@ def pytest_runtest_makereport(item: Any) -> Generator[None, Any, Any]:
     parameters = getattr(item, "callspec", SimpleNamespace(params={})).params
     case = parameters.get("case")
     ended = report.when == "call" or not report.passed
-    if path and case and ended and item.path.name == CHECKS:
+    if path and case and ended and item.path.name in CHECKS:
         record = {
             "model": case.model_type,
             "case": case.name,
             "target": parameters.get("target", "cpu"),
             "check": item.name.partition("[")[0] + parameters.get("scheme", ""),
-            "reference": "ours" if case.reference else "transformers",
+            "reference": "ours" if getattr(case, "reference", None) else "transformers",
             "passed": report.passed,
         }
         with open(path, "a", encoding="utf-8") as file:
