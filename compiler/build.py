@@ -107,7 +107,7 @@ def kv_cache_config(plan: Plan, dtype: str) -> KVCacheConfig:
         inv_freq, factor = (), 1.0
     return KVCacheConfig(
         num_hidden_layers=len(config.cache_layers),
-        num_attention_heads=config.num_attention_heads,
+        num_attention_heads=_cache_heads(config),
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         rotary_dim=2 * len(inv_freq),
@@ -120,7 +120,13 @@ def kv_cache_config(plan: Plan, dtype: str) -> KVCacheConfig:
         dtype=dtype,
         layer_window=config.layer_window,
         logit_soft_cap=config.attention_soft_cap,
+        returns_lse=config.attention_sinks,
     )
+
+
+def _cache_heads(config: ModelConfig) -> int:
+    """Query heads of the cache: with sinks each kv head has one more, for log-sum-exps."""
+    return config.num_attention_heads + config.attention_sinks * config.num_key_value_heads
 
 
 def _rope_length(plan: Plan) -> int:
@@ -280,7 +286,7 @@ def _cache_sizes(plan: Plan) -> dict[str, int]:
     config = plan.config
     sizes = {
         "num_hidden_layers": len(config.cache_layers),
-        "num_attention_heads": config.num_attention_heads,
+        "num_attention_heads": _cache_heads(config),
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
     }

@@ -47,7 +47,7 @@ QUANTIZED_KEYS = ("quantization_config", "compression_config")
 # Every key that a ConfigReader is asked for, while somebody set it to a set.
 KEYS_READ: ContextVar[set[str] | None] = ContextVar("KEYS_READ", default=None)
 # Of a quantization_config; qcc.compiler.imports reads them.
-IMPORTED_METHODS = ("gptq", "awq", "fp8")
+IMPORTED_METHODS = ("gptq", "awq", "fp8", "mxfp4")
 
 # Far above every released model. Each number sizes a loop or an array of the compiler, which
 # would otherwise hang or overflow long before the weights are found not to fit.
@@ -225,7 +225,8 @@ class ExpertsConfig:
     `weight_scale`. They all come from `groups_per_token` of the `groups` of equal size that experts
     with neighbouring numbers form.
     `shared_size` is the intermediate size of the expert that all tokens use; 0: there is none.
-    `dense_layers` are those that have a usual MLP instead.
+    `dense_layers` are those that have a usual MLP instead. `swiglu`, of gpt-oss, is (alpha, limit);
+    `packed` experts are stored as MXFP4, [out, in].
     """
 
     count: int
@@ -237,6 +238,8 @@ class ExpertsConfig:
     weight_scale: float = 1.0
     groups: int = 1
     groups_per_token: int = 1
+    swiglu: tuple[float, float] | None = None
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -320,6 +323,7 @@ class ModelConfig:
     latent: LatentConfig | None = None
     delta: DeltaConfig | None = None
     learned_positions: bool = False
+    attention_sinks: bool = False  # a term in each head's softmax
     unit_head: bool = False  # rows of lm_head are normalized
     bidirectional: bool = False  # a token sees those behind it, too
     token_types: int = 0  # kinds of tokens with a vector each

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcc.compiler.imports.lora import with_lora
+from qcc.compiler.imports.mxfp4_file import METHOD as MXFP4
 from qcc.compiler.source import checksum, stamp
 from qcc.compiler.weights.checkpoint import Checkpoint
 from qcc.runtime.errors import QccError
@@ -61,9 +62,20 @@ class Original:
     def is_plain(self) -> bool:
         """Whether transformers needs nothing beside itself to read the weights."""
         names = ("model.safetensors", "model.safetensors.index.json")
-        packed = "quantization_config" in read_json(self.folder / "config.json", "give a model")
         there = any((self.folder / name).exists() for name in names)
-        return there and not packed and self.lora is None
+        return there and self._packed in (None, MXFP4) and self.lora is None
+
+    @property
+    def is_mxfp4(self) -> bool:
+        """Whether transformers must be told to unpack the weights, which it can."""
+        return bool(self._packed == MXFP4)
+
+    @property
+    def _packed(self) -> Any:
+        """The quant_method of config.json, "" where it has none; None: the weights are floats."""
+        raw = read_json(self.folder / "config.json", "give a model")
+        found = raw.get("quantization_config")
+        return found.get("quant_method", "") if isinstance(found, dict) else None
 
 
 class Transformers:
@@ -92,6 +104,9 @@ class Transformers:
         options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
         try:
             if weights is None and original.is_plain:
+                if original.is_mxfp4:
+                    unpacked = transformers.Mxfp4Config(dequantize=True)
+                    options["quantization_config"] = unpacked
                 model = auto.from_pretrained(folder, use_safetensors=True, **options)
             elif weights is None:
                 from qcc.compiler.calibrate.layers import LayerwiseModel

@@ -83,7 +83,7 @@ class Scheme:
             SchemeError: says what the rule matches instead, if anything.
         """
         known = [(names, role, ndim) for names, role, ndim in weights]
-        for pattern, _ in self.rules:
+        for pattern, fmt in self.rules:
             if pattern == DEFAULT or pattern in self.preferred:
                 continue
             hits = [
@@ -111,6 +111,8 @@ class Scheme:
                     f"{self.name}: rule {pattern!r} matches {name!r}, the {role}, which has an "
                     f"entry of its own: `{role}` in a scheme, --{role.replace('_', '-')} FORMAT"
                 )
+            if fmt.is_float:
+                continue
             raise SchemeError(
                 f"{self.name}: rule {pattern!r} would quantize {name!r}; norms, biases and routers "
                 "stay floating: their bytes are few and every token passes their errors"

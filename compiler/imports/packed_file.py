@@ -21,6 +21,7 @@ from typing import NoReturn
 import numpy as np
 
 from qcc.compiler.config import read_json
+from qcc.compiler.imports import mxfp4_file
 from qcc.compiler.imports.coded_file import CodedFile, Origin, check_finite
 from qcc.compiler.imports.fp8_file import METHOD, Fp8File, read_block_size
 from qcc.compiler.imports.gptq_config import Packing, read_packing
@@ -34,7 +35,7 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def unpacked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint, its X.qweight as X.weight where its config.json says GPTQ or AWQ, or FP8.
+    """The checkpoint, with weights where its config.json says GPTQ, AWQ, FP8 or MXFP4.
 
     Raises:
         QccError: a quantization_config that is not supported, tensors that do not fit it.
@@ -47,6 +48,9 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
     if config.get("quant_method") == METHOD:
         numbers = Fp8File(checkpoint, read_block_size(config, str(path)))
         return checkpoint.overlaid(numbers, gone=numbers.sources)
+    if config.get("quant_method") == mxfp4_file.METHOD:
+        experts = mxfp4_file.Mxfp4File(checkpoint, config, str(path))
+        return checkpoint.overlaid(experts, gone=experts.sources)
     file = PackedFile(checkpoint, read_packing(config, str(path)))
     return checkpoint.overlaid(file, gone=file.sources, unlisted=file.idle_biases())
 

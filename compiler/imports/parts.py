@@ -195,8 +195,7 @@ def _row_order(spec: WeightSpec) -> Array | None:
     """From which row of the sources each row of the weight comes; None: it is no matter of rows."""
     assert spec.transform is not None
     n, k = spec.stacked_shape
-    numbers = np.repeat(np.arange(n, dtype=np.int32), k).reshape(n, k)
-    order = spec.transform(numbers)
+    order = spec.transform(np.broadcast_to(np.arange(n, dtype=np.int32)[:, None], (n, k)))
     return order[:, 0] if (order == order[:, :1]).all() else None
 
 

@@ -145,8 +145,12 @@ class Attention(nn.Module):  # type: ignore[misc]
             qkv = op.concat([self._normed(self.q_norm, q), self._normed(self.k_norm, k), v], dim=2)
         if self.rope:
             qkv = rotated(qkv, step.angles[self.rope], self.heads + self.kv_heads)
-        out = step.kv.attention_with_fused_qkv(self.index, qkv, self.heads, self.scale)
+        out = self.attend(qkv, step)
         return getattr(self, self.out_name)(op.reshape(out, (b, s, self.heads * self.head_dim)))
+
+    def attend(self, qkv: nn.Tensor, step: Step) -> nn.Tensor:
+        """[b, s, q + k + v heads, d] -> [b, s, q heads, d], with the keys before them."""
+        return step.kv.attention_with_fused_qkv(self.index, qkv, self.heads, self.scale)
 
     def _normed(self, norm: nn.Module, x: nn.Tensor) -> nn.Tensor:
         if not self.whole:

@@ -159,7 +159,8 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
             return self._concatenated(self.visit_expr(call.args[0]), self.fused[call.args[1]])
         if _is_op(call, "relax.take") and call.args[0] in self.weight_of:
             spec = self.specs[self.weight_of[call.args[0]]]
-            if int(call.attrs.axis) == 0 and len(spec.shape) == 2:
+            ids = call.args[1].ty.ndim  # of an embedding 1; experts' biases are taken by a matrix
+            if int(call.attrs.axis) == 0 and len(spec.shape) == 2 and ids == 1:
                 ids = self.visit_expr(call.args[1])
                 func = dequantize_rows_func(spec.format, *spec.shape, self.dtype)
                 parts = self._parts(self.weight_of[call.args[0]])

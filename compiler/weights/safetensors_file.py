@@ -34,6 +34,7 @@ READABLE: dict[str, np.dtype[Any]] = {
     # For qcc.compiler.imports: numbers that have scales beside them, words of packed codes.
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
 }
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _AGAIN = "download it again"
@@ -95,7 +96,8 @@ class SafetensorsFile:
             buffer: uint8[at least the bytes asked for]; the result is a view of it.
 
         Returns:
-            float32, float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn or int32 [stop - start].
+            [stop - start] of float32, float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, int32 or
+            uint8.
         """
         entry = self.entries[name]
         dtype = READABLE[entry.dtype]

@@ -37,7 +37,6 @@ LATENT: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 28,
 }
-
 # Gated delta networks in three of four layers; three value heads share a key.
 DELTA: dict[str, Any] = {
     "num_hidden_layers": 5,
@@ -289,6 +288,17 @@ CASES = [
         {
             "head_dim": ABSENT, "hidden_size": 120, "num_experts": 9, "num_experts_per_tok": 3,
             "intermediate_size": 44, "pad_token_id": 0,
+        },
+    ),
+    Case(
+        "gpt_oss", "gpt_oss",
+        {
+            "num_hidden_layers": 3, "num_local_experts": 7, "num_experts_per_tok": 3,
+            "intermediate_size": 52, "sliding_window": 24, "swiglu_limit": 1.5,
+            "rope_scaling": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+                "truncate": False,
+            },
         },
     ),
 ]  # fmt: skip
