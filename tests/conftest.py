@@ -144,7 +144,8 @@ def _steepen(model: Any) -> None:
     """
     import torch
 
-    ids = torch.arange(3, 67).remainder(model.config.vocab_size)[None]
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(3, 67).remainder(vocabulary)[None]
     with torch.no_grad():
         most = float(model(ids, use_cache=False).logits.abs().max())
         if not 4.5 < most < 20:
@@ -156,9 +157,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """checkpoint(model_type, **fields of config.json): a tiny random f32 one, by transformers.
 
     The fields change those of SHAPES; `whole=True`: they are all that differs from transformers'.
+    With a vision_config it is a model that sees.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     made: dict[str, Path] = {}
 
@@ -168,9 +170,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             shape = {} if whole else SHAPES[arch]
             fields = {"bos_token_id": 1, "eos_token_id": 2, **shape, **overrides}
             config = AutoConfig.for_model(arch, **fields)
-            if (config.pad_token_id or 0) >= config.vocab_size:
-                config.pad_token_id = None
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            text = config.get_text_config()
+            if (text.pad_token_id or 0) >= text.vocab_size:
+                text.pad_token_id = None
+            kind = (
+                AutoModelForImageTextToText if "vision_config" in fields else AutoModelForCausalLM
+            )
+            model = kind.from_config(config, dtype=torch.float32)
             randomize(model, seed=0)
             _steepen(model)
             folder = tmp_path_factory.mktemp(arch)

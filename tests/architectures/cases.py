@@ -148,6 +148,14 @@ CASES = [
         {"head_dim": ABSENT, "hidden_size": 96, "use_parallel_residual": True},
         quantized=False,
     ),
+    Case(
+        "stablelm-head-norms", "stablelm",
+        {
+            "head_dim": ABSENT, "hidden_size": 96, "qk_layernorm": True,
+            "use_parallel_residual": True,
+        },
+        quantized=False,
+    ),
     Case("olmo2", "olmo2", {"head_dim": ABSENT, "hidden_size": 120}),
     Case(
         "olmo3", "olmo3",
@@ -160,6 +168,11 @@ CASES = [
     ),
     Case("starcoder2", "starcoder2", {"head_dim": ABSENT, "hidden_size": 120}),
     Case("cohere", "cohere", {"head_dim": ABSENT, "hidden_size": 120, "logit_scale": 0.5}),
+    Case(
+        "cohere-head-norms", "cohere",
+        {"head_dim": ABSENT, "hidden_size": 120, "logit_scale": 0.5, "use_qk_norm": True},
+        quantized=False,
+    ),
     Case(
         "cohere2", "cohere2",
         {
@@ -263,6 +276,17 @@ CASES = [
         },
     ),
     Case("qwen3_5", "qwen3_5_text", DELTA),
+    Case(
+        "qwen3_5-eye", "qwen3_5",
+        {
+            "text_config": {**TINY, **DELTA, "num_hidden_layers": 4},
+            "vision_config": {
+                "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+                "out_hidden_size": 84, "num_position_embeddings": 16, "patch_size": 4,
+            },
+        },
+        base={}, quantized=False,
+    ),
     Case(
         "qwen3_5-order", "qwen3_5_text",
         {
