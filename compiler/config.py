@@ -323,6 +323,7 @@ class ModelConfig:
     latent: LatentConfig | None = None
     delta: DeltaConfig | None = None
     learned_positions: bool = False
+    qk_norm: bool = False  # where an architecture may have norms of q and k
     attention_sinks: bool = False  # a term in each head's softmax
     unit_head: bool = False  # rows of lm_head are normalized
     bidirectional: bool = False  # a token sees those behind it, too

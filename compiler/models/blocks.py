@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from tvm import relax as rx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import op
@@ -128,6 +129,22 @@ class BiaslessLayerNorm(LayerNorm):
     """(x - mean) / std * weight."""
 
     has_bias = False
+
+
+class HeadLayerNorm(nn.Module):  # type: ignore[misc]
+    """(x - mean) / std * weight of each head by itself; each has weights of its own."""
+
+    def __init__(self, head_dim: int, size: int, eps: float) -> None:
+        """Make the weight [size], head behind head."""
+        self.weight = nn.Parameter((size,))
+        self.head_dim, self.eps = head_dim, eps
+
+    def forward(self, x: nn.Tensor) -> nn.Tensor:
+        """x [..., size] -> the same."""
+        ones = nn.Tensor.from_const(np.ones(self.head_dim, x.dtype))
+        heads = op.reshape(x, (*x.shape[:-1], -1, self.head_dim))
+        normal = op.layer_norm(heads, [self.head_dim], ones, None, eps=self.eps)
+        return op.reshape(normal, x.shape) * self.weight
 
 
 class GatedMLP(nn.Module):  # type: ignore[misc]

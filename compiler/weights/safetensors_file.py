@@ -96,8 +96,7 @@ class SafetensorsFile:
             buffer: uint8[at least the bytes asked for]; the result is a view of it.
 
         Returns:
-            [stop - start] of float32, float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, int32 or
-            uint8.
+            [stop - start] of float32, float16, bfloat16 or float8_e4m3fn (ml_dtypes), int32, uint8.
         """
         entry = self.entries[name]
         dtype = READABLE[entry.dtype]
