@@ -8,5 +8,6 @@ In the order in which data passes:
   schemes/      one YAML file a scheme; the file name is the name after --quant
   rounding/     how codes are chosen: one file a method (rtn, mse, hqq, imse, awq, gptq)
   attributes.py  by which PrimFuncs say what they are: qcc.role, qcc.format
+  mxfp4.py      the numbers of the grid mxfp4
   packing.py    codes <-> words, each format twice: as numpy and as a TIR expression
 """

@@ -4,6 +4,7 @@ In the order in which data passes:
   coded_file.py     CodedFile: quantized tensors under their Hugging Face names
   gptq_config.py    quantization_config of config.json -> Packing
   fp8_file.py       X.weight and X.weight_scale_inv of DeepSeek's 8-bit floats -> X.weight
+  mxfp4_file.py     X_blocks, X_scales of gpt-oss's experts -> X
   packed_file.py    X.qweight, X.qzeros, X.scales of GPTQ and AutoAWQ -> X.weight
   gguf_header.py    a .gguf file's metadata and tensor table, checked before anything is allocated
   gguf_types.py     the blocks of ggml's types -> codes and grids
