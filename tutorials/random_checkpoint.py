@@ -75,7 +75,13 @@ SMALL_PARTS: dict[str, Any] = {
     "qk_nope_head_dim": 64,
     "qk_rope_head_dim": 32,
     "v_head_dim": 64,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
 }
+# Architectures whose config.json has all that within another mapping.
+WITHIN = {"qwen3_5": "text_config"}
 EXPERTS, COUNT = ("num_experts", "num_local_experts", "n_routed_experts"), 8
 
 
@@ -121,7 +127,10 @@ def small_config(arch: str, overrides: dict[str, Any] | None = None) -> dict[str
         for other in others:
             if other in _known_fields({**config, other: SMALL[name]}):
                 config = {other if key == name else key: config[key] for key in config}
-    return _changed(config, overrides or {}, arch)
+    config = _changed(config, overrides or {}, arch)
+    if arch not in WITHIN:
+        return config
+    return {**names, WITHIN[arch]: {k: v for k, v in config.items() if k not in names}}
 
 
 def _with_experts(config: dict[str, Any]) -> dict[str, Any]:
@@ -187,6 +196,8 @@ def _fill(model: Any, name: str, shape: tuple[int, ...]) -> float | None:
         return None
     for part in path:
         model = model[int(part)] if part.isdigit() else getattr(model, part)
+    if not hasattr(model, "eps"):  # a convolution
+        return None
     return 1.0 - float(getattr(model, "offset", 0.0))
 
 

@@ -29,6 +29,7 @@ VALUES: tuple[Any, ...] = (
     *(True, False, None, 0, 1, 3, 24, 0.25, 7.0),
     *("gelu", "relu", "silu", "gelu_pytorch_tanh"),
     *([0, 1] * 4, [1, 0] * 4, ["sliding_attention", "full_attention"] * 4),
+    ["linear_attention", "full_attention"] * 4,
     {"rope_type": "linear", "factor": 2.0},
 )
 

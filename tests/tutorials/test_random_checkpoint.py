@@ -72,6 +72,8 @@ def test_a_small_model_of_every_architecture(arch: str, tmp_path: Path) -> None:
     size = rc.make_checkpoint(config, tmp_path)
     assert 8e6 < size < 40e6, "a few million weights of two bytes"
     program = getattr(transformers, config["architectures"][0], None)
+    if "text_config" in config:
+        program = transformers.AutoModelForCausalLM  # the other cannot do without an eye
     if program is None:
         reference = importlib.import_module(f"..reference.{arch}", __package__)
         wanted = {name: tuple(x.shape) for name, x in reference.tensors(config).items()}
@@ -90,6 +92,9 @@ def test_a_small_model_of_every_architecture(arch: str, tmp_path: Path) -> None:
     assert norms
     with torch.no_grad():
         for norm in norms:
+            if "Gated" in type(norm).__name__:  # it takes two arguments
+                assert (norm.weight == 1).all()
+                continue
             normed = norm(torch.randn(1, 1, norm.weight.numel(), generator=torch.manual_seed(0)))
             assert abs(normed.square().mean() - 1) < 0.02, type(norm).__name__
         first = model(torch.arange(8)[None])[0]  # logits, or an encoder's last states
