@@ -63,7 +63,7 @@ def test_a_gguf_file_alone(
     check_same(LLM(out), reference(source, numbers), some_ids(40), tolerance)
 
 
-def gptq_layer(rng: Any, weight: Any, group: int) -> tuple[dict[str, Any], Any]:
+def gptq_layer(weight: Any, group: int) -> tuple[dict[str, Any], Any]:
     """Symmetric 4-bit GPTQ of a weight [n, k] by rounding: tensors by part, and its numbers."""
     n, k = weight.shape
     groups = weight.reshape(n, -1, group)
@@ -83,16 +83,13 @@ def gptq_layer(rng: Any, weight: Any, group: int) -> tuple[dict[str, Any], Any]:
     return parts, (codes.astype(np.float32) - 8) * wide
 
 
-def test_a_gptq_checkpoint_with_an_adapter(
-    checkpoint: Callable[..., Path], cli: Any, some_ids: Any, tolerance: float, tmp_path: Path
-) -> None:
-    """Kept codes are exact; the one layer that an adapter changes is stored as asked, here f32."""
-    source, folder, adapter = checkpoint("llama", **WIDE), tmp_path / "gptq", tmp_path / "adapter"
+def write_gptq(source: Path, folder: Path) -> dict[str, Any]:
+    """Fill `folder` with `source`, its projections in 4 bits; the numbers that they stand for."""
     shutil.copytree(source, folder)
-    rng, tensors, numbers = np.random.default_rng(0), {}, {}
+    tensors, numbers = {}, {}
     for name, weight in load_file(source / "model.safetensors").items():
         if name.endswith("_proj.weight"):
-            parts, numbers[name] = gptq_layer(rng, weight, 64)
+            parts, numbers[name] = gptq_layer(weight, 64)
             layer = name.removesuffix(".weight")
             tensors |= {f"{layer}.{part}": value for part, value in parts.items()}
         else:
@@ -102,7 +99,35 @@ def test_a_gptq_checkpoint_with_an_adapter(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 64}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return numbers
 
+
+def test_a_gptq_mixture_of_experts(
+    checkpoint: Callable[..., Path], cli: Any, some_ids: Any, tolerance: float, tmp_path: Path
+) -> None:
+    """Codes of experts are kept, expert below expert; the router is floating."""
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1, "vocab_size": 361}
+    fields = {**experts, **heads, **sizes, "tie_word_embeddings": False}
+    source, out = checkpoint("qwen3_moe", whole=True, **fields), tmp_path / "out"
+    numbers = write_gptq(source, tmp_path / "gptq")
+    ran = cli("compile", tmp_path / "gptq", "-o", out, "--context-window", 256)
+    assert ran.status == 0, ran.err
+    assert "codes kept: tensors 13 GPTQ 4 bits" in ran.out + ran.err
+    plain = tmp_path / "plain"
+    shutil.copytree(source, plain)
+    save_file(numbers, plain / "model.safetensors", {"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    check_same(LLM(out), model, some_ids(40), tolerance)
+
+
+def test_a_gptq_checkpoint_with_an_adapter(
+    checkpoint: Callable[..., Path], cli: Any, some_ids: Any, tolerance: float, tmp_path: Path
+) -> None:
+    """Kept codes are exact; the one layer that an adapter changes is stored as asked, here f32."""
+    source, folder, adapter = checkpoint("llama", **WIDE), tmp_path / "gptq", tmp_path / "adapter"
+    numbers, rng = write_gptq(source, folder), np.random.default_rng(0)
     name = "model.layers.0.mlp.down_proj"
     a, b = (rng.normal(size=s).astype(np.float32) / 16 for s in ((2, 256), (256, 2)))
     adapter.mkdir()
