@@ -99,7 +99,7 @@ class Transformers:
         Raises:
             QccError: not installed, or transformers refuses the checkpoint.
         """
-        torch, transformers = _import()
+        torch, transformers = import_transformers()
         folder, auto = original.folder, transformers.AutoModelForCausalLM
         options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
         try:
@@ -161,7 +161,7 @@ def reference_logits(original: Original) -> tuple[str, Stream]:
     Raises:
         QccError: not installed, or not a checkpoint that transformers runs.
     """
-    _, transformers = _import()
+    _, transformers = import_transformers()
     name = f"transformers {transformers.__version__}, fp32"
     name += "" if original.lora is None else f", with {original.lora}"
     if original.float_bytes < SHARE * _free_bytes():
@@ -189,7 +189,12 @@ def _free_bytes() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _import() -> tuple[Any, Any]:
+def import_transformers() -> tuple[Any, Any]:
+    """torch and transformers, which then keeps quiet.
+
+    Raises:
+        QccError: one of them is not installed.
+    """
     try:
         import torch
         import transformers

@@ -166,10 +166,14 @@ def measure(out: Path, args: argparse.Namespace, steps: Steps) -> None:
     """Evaluate an artifact against the model it was made of; print and keep the report."""
     from pathlib import Path
 
+    from qcc.compiler.cli._embeddings import agreement, are_embeddings, show
     from qcc.compiler.cli._evaluation import EvalOptions, evaluate, store
 
     lora = Path(args.lora) if args.lora else None
     options = EvalOptions(against=args.model, allow_pickle=args.allow_pickle, lora=lora)
+    if are_embeddings([out]):
+        show(agreement([out], args.eval, options, steps), as_json=False)
+        return
     report = evaluate([out], args.eval, options, steps)
     store(out, report)
     print("\n".join(report.lines()))

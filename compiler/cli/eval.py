@@ -6,13 +6,14 @@ import argparse
 
 from qcc.runtime.errors import QccError
 
-HELP = "measure a compiled model: perplexity, and KL divergence from the original"
+HELP = "measure a compiled model: perplexity, and KL divergence (or cosine) from the original"
 EXAMPLE = """
 qcc eval ./llama-q4 --text wiki.txt
 qcc eval ./llama-q4 --against ./Llama-3.2-1B --text wiki.txt --json
 qcc eval ./llama-q4 ./llama-q3 --against ./Llama-3.2-1B --text wiki.txt --html report.html
 qcc eval ./llama-q3 --against ./Llama-3.2-1B --text wiki.txt --tensors
 qcc eval ./llama-q4 --against ./Llama-3.2-1B --text wiki.txt --layers
+qcc eval ./bge-q4 --against ./bge-base-en-v1.5 --text lines.txt
 """
 
 
@@ -85,10 +86,14 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
+    from qcc.compiler.cli import _embeddings
     from qcc.compiler.cli._evaluation import EvalOptions, check_store, evaluate, store
     from qcc.compiler.steps import Steps
 
-    if args.against is None:
+    is_embedding = _embeddings.are_embeddings(args.artifacts)
+    if is_embedding:
+        _embeddings.check_flags(args)
+    elif args.against is None:
         for flag, given in (("--tensors", args.tensors), ("--layers", args.layers)):
             if given:
                 raise QccError(f"{flag} compares with the original: give it with --against MODEL")
@@ -107,6 +112,10 @@ def run(args: argparse.Namespace) -> int:
         lora=Path(args.lora) if args.lora else None,
         threads=args.threads,
     )
+    if is_embedding:
+        found = _embeddings.agreement(args.artifacts, args.text, options, Steps())
+        _embeddings.show(found, args.json)
+        return 0
     report = evaluate(args.artifacts, args.text, options, Steps())
     if args.store:
         for index, folder in enumerate(args.artifacts):

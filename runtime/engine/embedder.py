@@ -48,11 +48,12 @@ class Usage:
                 f"{artifact.folder}: not an embedding model; use qcc generate, or compile it with "
                 "--task embedding"
             )
-        found = artifact.chat_config.get("embedding")
+        found: Any = artifact.chat_config.get("embedding")
         try:
+            default = found["default_prompt"]
             return cls(
                 {str(name): str(text) for name, text in found["prompts"].items()},
-                found["default_prompt"],
+                None if default is None else str(default),
                 bool(found["lower_case"]),
                 bool(found["normalized"]),
                 str(found["similarity"]),

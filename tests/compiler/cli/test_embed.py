@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ...embeddings import BERT, TEXTS, save_embedding
+from ...embeddings import BERT, TEXTS, reference_vectors, save_embedding
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +129,52 @@ def test_what_compile_and_show_say(cli: Any, source: Path, tmp_path: Path) -> No
     assert "embedding" in shown and "encode" in shown and "KV cache" not in shown
     facts = json.loads(cli("show", source, "--json").out)
     assert (facts["task"], facts["kv_bytes"]) == ("embedding", 0)
+
+
+def test_eval_of_vectors(cli: Any, folder: Path, source: Path, tmp_path: Path) -> None:
+    """Cosines with transformers' vectors of the same tokens, worked out here."""
+    from qcc.runtime import Embedder
+
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n\n".join(TEXTS[:3]), encoding="utf-8")
+    words = ("eval", folder, "--against", source, "--text", lines)
+    found = json.loads(cli(*words, "--json").out)
+    (row,) = found["artifacts"]
+    embedder = Embedder(folder)
+    tokens = embedder.tokenize(TEXTS[:3])
+    ours = embedder.encode(tokens).astype(np.float64)
+    theirs = reference_vectors(source, tokens, "mean", True).astype(np.float64)
+    cosines = (ours * theirs).sum(axis=1)
+    assert 1e-7 < 1 - cosines.mean() < 1e-3, "8 bits are not exact, and not far off"
+    assert (row["texts"], row["tokens"]) == (3, sum(map(len, tokens)))
+    assert abs(row["cosine"] - cosines.mean()) < 2e-7
+    assert abs(row["least"] - cosines.min()) < 2e-7
+    assert abs(row["pairs"] - np.abs(ours @ ours.T - theirs @ theirs.T).mean()) < 2e-7
+    text = cli(*words, "--max-tokens", "30").out
+    assert "cosine with the original 0.99" in text and "(2 texts, 19 tokens)" in text
+
+
+def test_what_eval_refuses(
+    cli: Any, folder: Path, source: Path, tmp_path: Path, checkpoint: Any, compiled: Any
+) -> None:
+    lines, llama = tmp_path / "lines.txt", checkpoint("llama")
+    lines.write_text(" \n", encoding="utf-8")
+    for words, text in (
+        ((folder,), "measured against its original: --against MODEL"),
+        ((folder, "--against", source), "no text in it; each line is one"),
+        ((folder, "--against", source, "--layers"), "--layers: not for embedding models"),
+        ((folder, "--against", source, "--save-logits", "f"), "--save-logits: not for embedding"),
+        ((folder, "--against", source, "--reference", "qcc"), "--reference qcc: not for embedding"),
+        ((folder, compiled(llama).artifact.folder), "others write text: they do not compare"),
+    ):
+        assert text in cli("eval", *words, "--text", lines).error(), words
+    lines.write_text("a cat\n", encoding="utf-8")
+    text = cli("eval", folder, "--against", llama, "--text", lines).error()
+    assert "was not compiled from" in text
+
+
+def test_compile_measures(cli: Any, source: Path, tmp_path: Path) -> None:
+    lines, out = tmp_path / "lines.txt", tmp_path / "out"
+    lines.write_text("a cat\na dog\n", encoding="utf-8")
+    ran = cli("compile", source, "--quant", "q4f16_1", "--eval", lines, "-o", out)
+    assert ran.status == 0 and "q4f16_1: cosine with the original 0.9" in ran.out

@@ -15,9 +15,28 @@ from qcc.compiler.passes.attach_text_attention import AttachTextAttention
 from qcc.targets.cpu.kv_cache import kv_kernels
 from qcc.targets.spec import KVCacheConfig
 
-from ...targets.attention_session import AVX2, HOST, TOLERANCE, config
-
+HOST = {"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()}
+AVX2 = {"kind": "llvm", "mcpu": "x86-64-v3"}
+TOLERANCE = 1e-5  # f32 sums of up to 150 terms of order 1, against float64
 LENGTHS = (1, 70, 33, 2, 150)
+
+
+def config(heads: tuple[int, int] = (4, 2), dim: int = 16, **changes: Any) -> KVCacheConfig:
+    return KVCacheConfig(
+        num_hidden_layers=1,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
+        head_dim=dim,
+        rotary_dim=0,
+        inv_freq=(),
+        rope_attention_factor=1.0,
+        max_positions=256,
+        sliding_window_size=-1,
+        attention_sink_size=0,
+        prefill_chunk_size=256,
+        dtype="float32",
+        **changes,
+    )
 
 
 def module(c: KVCacheConfig, scales: list[float]) -> tvm.IRModule:
@@ -54,7 +73,7 @@ def attached(c: KVCacheConfig, scales: list[float], causal: bool, target: Any) -
 
 def test_one_kernel_for_each_scale() -> None:
     """Only tensors are left as arguments, and no call by name."""
-    mod = attached(config(rotary=0), [0.25, 0.5, 0.25], True, HOST)
+    mod = attached(config(), [0.25, 0.5, 0.25], True, HOST)
     kernels = [func for func in mod.functions.values() if isinstance(func, tirx.PrimFunc)]
     assert len(kernels) == 2
     assert all(len(func.params) == 9 for func in kernels)
@@ -62,11 +81,11 @@ def test_one_kernel_for_each_scale() -> None:
 
 
 CASES = {
-    "causal": (config(heads=(6, 2), dim=20, rotary=0), True),
-    "both-ways": (config(heads=(3, 3), dim=20, rotary=0), False),
-    "wide-heads": (config(heads=(4, 1), dim=128, rotary=0), False),
-    "window": (config(heads=(6, 2), dim=12, rotary=0, layer_window=24), True),
-    "soft-cap": (config(heads=(3, 1), dim=16, rotary=0, logit_soft_cap=1.5), True),
+    "causal": (config(heads=(6, 2), dim=20), True),
+    "both-ways": (config(heads=(3, 3), dim=20), False),
+    "wide-heads": (config(heads=(4, 1), dim=128), False),
+    "window": (config(heads=(6, 2), dim=12, layer_window=24), True),
+    "soft-cap": (config(heads=(3, 1), dim=16, logit_soft_cap=1.5), True),
 }
 
 
