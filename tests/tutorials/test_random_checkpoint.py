@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_named_shapes_have_the_published_sizes() -> None:
 
     def millions(shape: str) -> int:
         shapes = rc.tensor_shapes(rc.shape_config(shape)).values()
-        return round(sum(a * (b[0] if b else 1) for a, *b in shapes) / 1e6)
+        return round(sum(map(math.prod, shapes)) / 1e6)
 
     assert {shape: millions(shape) for shape in SHAPES} == {
         "llama-3.2-1b": 1236,
@@ -135,6 +136,7 @@ def test_named_shapes_have_the_published_sizes() -> None:
         "minicpm-2b": 2725,
         "phi-3-mini-4k": 3821,
         "smollm3-3b": 3075,
+        "gpt-oss-20b": 20915,
         "pythia-160m": 162,
         "bge-base-en-v1.5": 109,
     }
