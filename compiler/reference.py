@@ -121,7 +121,7 @@ class Transformers:
                     empty = auto.from_config(config)
                 # Loading renames what newer versions call otherwise.
                 model = type(empty).from_pretrained(
-                    None, config=config, state_dict=state, dtype=torch.float32
+                    None, config=empty.config, state_dict=state, dtype=torch.float32
                 )
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as err:
             first = next((line for line in str(err).splitlines() if line.strip()), "")

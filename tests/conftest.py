@@ -38,6 +38,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "mistral": {**LLAMA, "sliding_window": 24},
     "qwen2": {**LLAMA, "max_window_layers": 2},
+    "qwen3_5_text": {
+        **LLAMA,
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 20,
+        "partial_rotary_factor": 0.5,
+    },
     "gpt_neox": {
         "hidden_size": 96,
         "intermediate_size": 172,

@@ -99,7 +99,8 @@ def _write(
             documents[row].append(token)
         alive = [row for row, more in zip(alive, goes_on.tolist(), strict=True) if more]
         if len(alive) < len(goes_on):
-            cache.batch_select_indices(goes_on.nonzero()[:, 0])
+            # batch_select_indices does the same, but knows no layers that keep states.
+            cache.reorder_cache(goes_on.nonzero()[:, 0])
             rows = rows[goes_on]
         if alive and len(documents[alive[0]]) >= context - 1:
             alive = []

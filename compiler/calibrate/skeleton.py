@@ -9,6 +9,8 @@ from qcc.compiler.calibrate.libraries import torch, transformers
 from qcc.compiler.weights.checkpoint import Checkpoint
 from qcc.runtime.errors import QccError
 
+WITHIN = "model.language_model."
+
 
 class _Numberless(torch.overrides.TorchFunctionMode):  # type: ignore[misc]
     """Within it torch.empty, by which parameters get their memory, allocates none.
@@ -85,7 +87,8 @@ def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     """Parameter -> tensor of the checkpoint.
 
     Names are the same, but that a tied head is the embedding, and that a head may have a name of
-    its own in the file: it is then the one tensor of its shape that nothing else is made of.
+    its own in the file: it is then the one tensor of its shape that nothing else is made of. The
+    tensors of a model that sees are within another name.
 
     Raises:
         QccError: a parameter has no tensor, or one of another shape; the model has experts, which
@@ -110,6 +113,9 @@ def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
         elif name == head and name not in checkpoint:
             alike = [other for other in others if checkpoint.shape(other) == shape]
             source = alike[0] if len(alike) == 1 else name
+        within = source.replace("model.", WITHIN, 1)
+        if source not in checkpoint and within in checkpoint:
+            source = within
         checkpoint.check(source, shape)
         found[name] = source
     return found

@@ -67,13 +67,15 @@ def test_missing_file(model: Path, tmp_path: Path) -> None:
         text_of_file(model, tmp_path / "none.txt", context=64)
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen3_5_text"])
 def test_samples_have_the_models_distribution(
-    model: Path, hugging_face: Callable[[Path], Any]
+    arch: str, checkpoint: Callable[..., Path], hugging_face: Callable[[Path], Any]
 ) -> None:
     """The mean surprise of sampled tokens is the mean entropy of transformers' predictions.
 
     Ids 2..19 end a document, and count as one: the batch gets smaller all the time.
     """
+    model = checkpoint(arch)
     special = replace(Tokens.read(model), eos=tuple(range(2, 20)))
     documents = sample(model, special, 4000, 64, seed=3, device="cpu")
     assert len({len(document) for document in documents}) > 20
