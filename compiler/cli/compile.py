@@ -70,12 +70,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         (
             "--context-window",
             "longest prompt + answer (default: the model's, at most 8192); "
-            "no bound with a sliding window",
+            "no bound with a sliding window; of an embedding model: its longest text, at most 2048",
         ),
         ("--sliding-window", "attend to the last N tokens only (default: the model's)"),
         ("--attention-sink", "first tokens that a sliding window keeps (default: 0)"),
-        ("--prefill-chunk", "tokens of a prompt computed at once (default: 512)"),
-        ("--max-batch", "sequences at once (default: 4)"),
+        ("--prefill-chunk", "tokens computed at once (default: 512; of embedding models the context window)"),
+        ("--max-batch", "sequences at once (default: 4; texts to embed: 32)"),
     ):
         sizes.add_argument(flag, type=int, default=None, metavar="N", help=text)
     parser.add_argument(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qcc.compiler.build import weight_specs
 from qcc.compiler.driver import make_plan
 from qcc.compiler.options import CompileOptions
 from qcc.compiler.read_model import read_model
@@ -251,3 +252,17 @@ def test_another_task_in_the_folder(cli: Any, checkpoint: Any, tmp_path: Path) -
     text = cli("convert", model, "--task", "embedding", *fixed).error()
     assert "another task (chat, now embedding)" in text
     assert cli("convert", model, *fixed).status == 0
+
+
+@pytest.mark.parametrize("scheme", ["q2f16_km", "q3f16_km", "q4f16_km"])
+def test_mixed_schemes_know_the_layers_of_bert(folder: Make, scheme: str) -> None:
+    """Values and the MLP's second layer have more bits than queries and its first, as elsewhere."""
+    plan = make_plan(folder(BERT_CONFIG, {}), CompileOptions(quant=scheme), 64)
+    bits = {spec.name: spec.format.bits or 0 for spec in weight_specs(plan)}
+    for part, other in (("value", "query"), ("down_proj", "up_proj")):
+        more, fewer = (
+            [found for name, found in bits.items() if f".{each}.weight" in name]
+            for each in (part, other)
+        )
+        assert len(more) == len(fewer) == BERT["num_hidden_layers"]
+        assert min(more) > max(fewer) > 0
