@@ -50,7 +50,7 @@ def list_methods() -> list[str]:
     """Names of the methods, sorted: the files of this folder that define METHOD."""
     package = importlib.import_module("qcc.quant_schemes.rounding")
     names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
-    return [name for name in names if name not in ("grid", "method", "mxfp4")]
+    return [name for name in names if name not in ("grid", "groups", "method", "mxfp4")]
 
 
 def find_method(name: str) -> Method:

@@ -42,9 +42,9 @@ def _of_rows(
 ) -> Quantized:
     n, k = weights.shape
     groups, size = fmt.num_groups(k), fmt.group_size(k)
-    w = np.zeros((n, groups * size), np.float32)
-    w[:, :k] = weights
-    w = w.reshape(n, groups, size)
+    padded = np.zeros((n, groups * size), np.float32)
+    padded[:, :k] = weights
+    w = padded.reshape(n, groups, size)
     h = np.pad(weighed.astype(np.float32), (0, groups * size - k)).reshape(groups, size)
     _, exponent = np.frexp(np.abs(w).max(axis=2))  # max = m * 2^exponent, m from 0.5 to 1
     codes, scale, least = np.zeros(w.shape, np.uint8), np.zeros((n, groups), np.uint8), None
