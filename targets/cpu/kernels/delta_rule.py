@@ -2,13 +2,15 @@
 
 compiler/models/delta_rule.py says what they compute. A column of a head's state needs no other
 column, so a thread takes a block of columns through all tokens of a sequence: 128 rows of 64
-numbers stay in its first cache. Each token reads the block twice: for what the state knows of the
-key, then to change it and answer the query.
+numbers stay in its first cache, copied side by side, as rows of a state would use half of its sets.
+Each token reads the block twice: for what the state knows of the key, then to change it and answer
+the query.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -20,14 +22,17 @@ from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels import attention_vector as vx
 from qcc.targets.cpu.kernels.tir import fma, i64, kernel, lanes_from, parallel, serial, splat, zeros
 
-MAX_VECTORS = 4  # side by side in a block
+# Vectors side by side in a block: of columns of a state, of channels.
+COLUMNS, CHANNELS = 4, 32
+FEW = 8  # tokens for which a copy of the state does not pay
 Shape = tuple[Any, ...]
+Source = Callable[[Any], Any]  # channels -> a vector of them
 
 
-def _block(columns: int, isa: Isa) -> tuple[int, int]:
-    """(lanes, vectors) of a block of columns that divides them."""
+def _block(columns: int, isa: Isa, most: int) -> tuple[int, int]:
+    """(lanes, vectors) of a block of columns that divides them, of at most `most` vectors."""
     lanes = math.gcd(columns, isa.lanes)
-    return lanes, next(n for n in range(MAX_VECTORS, 0, -1) if columns // lanes % n == 0)
+    return lanes, next(n for n in range(most, 0, -1) if columns // lanes % n == 0)
 
 
 def _segment(segments: Any, index: Any) -> list[Any]:
@@ -47,46 +52,47 @@ def _silu(x: Any, lanes: int) -> Any:
 def causal_conv(taps: int, channels: int, width: int, isa: Isa) -> tirx.PrimFunc:
     """PrimFunc (x f32[m, width], weight f32[taps * c], segments, state, out f32[m, c])."""
     m, b, slots = (tirx.Var(name, "int64") for name in ("m", "b", "s"))
-    lanes, vectors = _block(channels, isa)
+    lanes, vectors = _block(channels, isa, CHANNELS)
     blocks = channels // (lanes * vectors)
 
     def body(x: Any, weight: Any, segments: Any, state: Any, out: Any) -> None:
-        def channel_vector(slot: Any, first: Any, count: Any, channel: Any) -> None:
-            at = lanes_from(channel, lanes)
-            factors = [
-                vx.keep(weight[lanes_from(channel + tap * channels, lanes)], lanes)
-                for tap in range(taps)
-            ]
+        with parallel(b * blocks) as i:
+            slot, first, count = _segment(segments, tirx.floordiv(i, blocks))
+            block = T.bind(tirx.floormod(i, blocks) * (lanes * vectors))
 
-            def store(t: Any, rows: list[Any]) -> None:
-                total = vx.keep(zeros(lanes), lanes)
-                for factor, row in zip(factors, rows, strict=True):
-                    total = vx.keep(vx.fma(factor, row, total, lanes), lanes)
-                T.buffer_store(out, _silu(total, lanes), [first + t, at])
+            def past(place: int) -> Source:
+                return lambda at: state[slot, i64(place), at]
 
-            def past(place: int) -> Any:
-                return state[slot, i64(place), at]
+            def own(row: Any) -> Source:
+                return lambda at: x[first + row, at]
+
+            def store(t: Any, rows: list[Source]) -> None:
+                """Row t of the sequence, of the block's channels, from those that it sees."""
+                with serial(vectors) as v:
+                    channel = T.bind(block + v * lanes)
+                    at = lanes_from(channel, lanes)
+                    total = vx.keep(zeros(lanes), lanes)
+                    for tap, row in enumerate(rows):
+                        factor = weight[lanes_from(channel + tap * channels, lanes)]
+                        total = vx.keep(vx.fma(factor, row(at), total, lanes), lanes)
+                    T.buffer_store(out, _silu(total, lanes), [first + t, at])
 
             for t in range(taps - 1):
                 with T.If(count > t), T.Then():
                     rows = [past(place) for place in range(t, taps - 1)]
-                    store(i64(t), rows + [x[first + row, at] for row in range(t + 1)])
-            with serial(T.max(count - (taps - 1), i64(0))) as i:
-                store(i + (taps - 1), [x[first + i + tap, at] for tap in range(taps)])
-            for place in range(taps - 1):
-                row = count + (place - taps + 1)
-                with T.If(row >= 0):
-                    with T.Then():
-                        T.buffer_store(state, x[first + row, at], [slot, i64(place), at])
-                    with T.Else():
-                        older = state[slot, T.min(count + place, i64(taps - 2)), at]
-                        T.buffer_store(state, older, [slot, i64(place), at])
-
-        with parallel(b * blocks) as i:
-            slot, first, count = _segment(segments, tirx.floordiv(i, blocks))
-            block = T.bind(tirx.floormod(i, blocks) * (lanes * vectors))
+                    store(i64(t), rows + [own(row) for row in range(t + 1)])
+            with serial(T.max(count - (taps - 1), i64(0))) as t:
+                store(t + (taps - 1), [own(t + tap) for tap in range(taps)])
             with serial(vectors) as v:
-                channel_vector(slot, first, count, T.bind(block + v * lanes))
+                at = lanes_from(T.bind(block + v * lanes), lanes)
+                for place in range(taps - 1):
+                    row = count + (place - taps + 1)
+                    with T.If(row >= 0):
+                        with T.Then():
+                            T.buffer_store(state, x[first + row, at], [slot, i64(place), at])
+                        with T.Else():
+                            older = state[slot, T.min(count + place, i64(taps - 2)), at]
+                            T.buffer_store(state, older, [slot, i64(place), at])
 
     args: list[tuple[str, Shape, str]] = [
         ("x", (m, width), "float32"),
@@ -102,7 +108,7 @@ def causal_conv(taps: int, channels: int, width: int, isa: Isa) -> tirx.PrimFunc
 def delta_rule(key_heads: int, heads: int, dim: int, wide: int, isa: Isa) -> tirx.PrimFunc:
     """PrimFunc (qkv, norms, gates, segments, state f32[s, heads, dim, wide], out f32[m, v])."""
     m, b, slots = (tirx.Var(name, "int64") for name in ("m", "b", "s"))
-    lanes, vectors = _block(wide, isa)
+    lanes, vectors = _block(wide, isa, COLUMNS)
     blocks, each, keys = wide // (lanes * vectors), heads // key_heads, key_heads * dim
     vtype = f"float32x{lanes}" if lanes > 1 else "float32"
     # Sums of as many rows go on side by side, so that no addition waits for the one before.
@@ -114,56 +120,85 @@ def delta_rule(key_heads: int, heads: int, dim: int, wide: int, isa: Isa) -> tir
             head = T.bind(tirx.floormod(tirx.floordiv(i, blocks), heads))
             key_head = T.bind(tirx.floordiv(head, each))
             column = T.bind(tirx.floormod(i, blocks) * (lanes * vectors))
-            sums = [[vx.Reg(lanes) for _ in range(vectors)] for _ in range(rows)]
-            changes = [vx.Reg(lanes) for _ in range(vectors)]
 
             def at(v: int) -> Any:
                 return lanes_from(column + v * lanes, lanes)
 
-            def add(row: int, v: int, number: Any, vector: Any) -> None:
-                sums[row][v].set(fma(splat(number, lanes), vector, sums[row][v].get(), vtype))
+            def of_state(place: Any, v: int) -> tuple[Any, list[Any]]:
+                return state, [slot, head, place, at(v)]
 
-            def total(v: int) -> Any:
-                value = sums[0][v].get()
-                return value if rows == 1 else value + sums[1][v].get()
+            def scan(where: Callable[[Any, int], tuple[Any, list[Any]]]) -> None:
+                """All tokens; where(row of the state, vector) is (buffer, indices)."""
+                sums = [[vx.Reg(lanes) for _ in range(vectors)] for _ in range(rows)]
+                changes = [vx.Reg(lanes) for _ in range(vectors)]
 
-            with serial(count) as t:
-                token = T.bind(first + t)
-                decay = T.bind(gates[token, head])
-                norm = T.bind(norms[token, key_heads + key_head])
+                def add(row: int, v: int, number: Any, vector: Any) -> None:
+                    sums[row][v].set(fma(splat(number, lanes), vector, sums[row][v].get(), vtype))
+
+                def take(v: int) -> Any:
+                    """A total; it is 0 again."""
+                    parts = [sums[row][v] for row in range(rows)]
+                    value = vx.keep(sum((p.get() for p in parts[1:]), parts[0].get()), lanes)
+                    for part in parts:
+                        part.set(zeros(lanes))
+                    return value
+
                 for reg in (reg for row in sums for reg in row):
                     reg.set(zeros(lanes))
-                with serial(dim // rows) as pair:
-                    for row in range(rows):
-                        place = pair * rows + row
-                        key = T.bind(qkv[token, keys + key_head * dim + place])
-                        for v in range(vectors):
-                            add(row, v, key, state[slot, head, place, at(v)])
-                strength = T.bind(gates[token, heads + head] * norm)
-                known = T.bind(decay * norm)
-                for v, change in enumerate(changes):
-                    where = lanes_from(2 * keys + head * wide + column + v * lanes, lanes)
-                    rest = qkv[token, where] - total(v) * splat(known, lanes)
-                    change.set(rest * splat(strength, lanes))
-                for reg in (reg for row in sums for reg in row):
-                    reg.set(zeros(lanes))
-                with serial(dim // rows) as pair:
-                    for row in range(rows):
-                        place = pair * rows + row
-                        key = T.bind(qkv[token, keys + key_head * dim + place])
-                        query = T.bind(qkv[token, key_head * dim + place])
-                        for v in range(vectors):
-                            old = state[slot, head, place, at(v)] * splat(decay, lanes)
-                            new = vx.keep(
-                                fma(splat(key, lanes), changes[v].get(), old, vtype), lanes
-                            )
-                            T.buffer_store(state, new, [slot, head, place, at(v)])
-                            add(row, v, query, new)
-                answer = T.bind(norms[token, key_head])
-                for v in range(vectors):
-                    found = total(v) * splat(answer, lanes)
-                    where = lanes_from(head * wide + column + v * lanes, lanes)
-                    T.buffer_store(out, found, [token, where])
+                with serial(count) as t:
+                    token = T.bind(first + t)
+                    decay = T.bind(gates[token, head])
+                    norm = T.bind(norms[token, key_heads + key_head])
+                    with serial(dim // rows) as pair:
+                        for row in range(rows):
+                            place = pair * rows + row
+                            key = T.bind(qkv[token, keys + key_head * dim + place])
+                            for v in range(vectors):
+                                buffer, indices = where(place, v)
+                                add(row, v, key, buffer[tuple(indices)])
+                    strength = T.bind(gates[token, heads + head] * norm)
+                    known = T.bind(decay * norm)
+                    for v, change in enumerate(changes):
+                        own = lanes_from(2 * keys + head * wide + column + v * lanes, lanes)
+                        rest = qkv[token, own] - take(v) * splat(known, lanes)
+                        change.set(rest * splat(strength, lanes))
+                    with serial(dim // rows) as pair:
+                        for row in range(rows):
+                            place = pair * rows + row
+                            key = T.bind(qkv[token, keys + key_head * dim + place])
+                            query = T.bind(qkv[token, key_head * dim + place])
+                            for v, change in enumerate(changes):
+                                buffer, indices = where(place, v)
+                                old = buffer[tuple(indices)] * splat(decay, lanes)
+                                new = fma(splat(key, lanes), change.get(), old, vtype)
+                                new = vx.keep(new, lanes)
+                                T.buffer_store(buffer, new, indices)
+                                add(row, v, query, new)
+                    answer = T.bind(norms[token, key_head])
+                    for v in range(vectors):
+                        own = lanes_from(head * wide + column + v * lanes, lanes)
+                        T.buffer_store(out, take(v) * splat(answer, lanes), [token, own])
+
+            with T.If(count <= FEW):
+                with T.Then():
+                    scan(of_state)
+                with T.Else():
+                    held = T.alloc_buffer((dim * vectors * lanes,), "float32")
+
+                    def of_held(place: Any, v: int) -> tuple[Any, list[Any]]:
+                        return held, [lanes_from((place * vectors + v) * lanes, lanes)]
+
+                    def copy(source: Any, target: Any) -> None:
+                        with serial(dim) as place:
+                            for v in range(vectors):
+                                buffer, indices = source(place, v)
+                                value = buffer[tuple(indices)]
+                                buffer, indices = target(place, v)
+                                T.buffer_store(buffer, value, indices)
+
+                    copy(of_state, of_held)
+                    scan(of_held)
+                    copy(of_held, of_state)
 
     args: list[tuple[str, Shape, str]] = [
         ("qkv", (m, 2 * keys + heads * wide), "float32"),
