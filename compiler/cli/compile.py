@@ -74,7 +74,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         ),
         ("--sliding-window", "attend to the last N tokens only (default: the model's)"),
         ("--attention-sink", "first tokens that a sliding window keeps (default: 0)"),
-        ("--prefill-chunk", "tokens computed at once (default: 512; of embedding models the context window)"),
+        ("--prefill-chunk", "tokens computed at once (default: 512; embedding models: the window)"),
         ("--max-batch", "sequences at once (default: 4; texts to embed: 32)"),
     ):
         sizes.add_argument(flag, type=int, default=None, metavar="N", help=text)

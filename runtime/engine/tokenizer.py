@@ -63,17 +63,24 @@ class Tokenizer:
         Raises:
             QccError: as `encode`; no room for special tokens alone.
         """
-        ids = self.encode(text)
+        ids = self._ended(self.encode(text))
         count = len(ids)
         if count > limit:
             with _tokenizers_errors(f"{self.path}: a text does not cut to {limit} tokens"):
-                own = count - len(self._encode(text, add_special_tokens=True))  # BOS from `encode`
+                own = count - len(self._encode(text, add_special_tokens=True))  # BOS, EOS from here
                 self.backend.enable_truncation(limit - own)
                 try:
-                    ids = self.encode(text)
+                    ids = self._ended(self.encode(text))
                 finally:
                     self.backend.no_truncation()
         return ids, count
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """The tokens with EOS, where tokenizer_config.json wants it and tokenizer.json lacks it."""
+        eos = self.token_id(self.special_text("eos_token"))
+        if self.config.get("add_eos_token") is not True or eos is None or ids[-1:] == [eos]:
+            return ids
+        return [*ids, eos]
 
     def encode_rendered(self, text: str) -> list[int]:
         """The tokens of a rendered chat template, which holds its special tokens as text."""

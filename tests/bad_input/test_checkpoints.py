@@ -86,7 +86,7 @@ def test_pickled_weights(broken: Path, refused: Any) -> None:
 
 CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["LlamaForCausalLMM"]}, "did you mean 'LlamaForCausalLM'"),
-    ({"architectures": ["BertModel"]}, "architecture 'BertModel' is not supported"),
+    ({"architectures": ["T5Model"]}, "architecture 'T5Model' is not supported"),
     ({"architectures": ..., "model_type": "lama"}, "architecture 'lama' is not supported"),
     ({"rope_parameters": {"rope_type": "axial"}}, "rope type 'axial' is not supported"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope' needs short_factor"),

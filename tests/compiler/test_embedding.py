@@ -235,6 +235,13 @@ def test_configs_that_are_refused(folder: Make, changes: dict[str, Any], text: s
         read_model(folder({**BERT_CONFIG, **changes}, {}))
 
 
+def test_recurrent_models_make_no_embeddings(folder: Make) -> None:
+    from qcc.tutorials.random_checkpoint import small_config
+
+    with pytest.raises(QccError, match="qwen3_next is recurrent: it makes no embeddings"):
+        read_model(folder(small_config("qwen3_next"), {}), "embedding")
+
+
 def test_compile_refuses_methods_with_text(cli: Any, tmp_path: Path) -> None:
     """Before anything is built; and tune, which compares logits."""
     where = save_embedding(tmp_path, "bert", BERT, None)

@@ -14,8 +14,10 @@ from qcc.runtime import LLM, Embedder
 from qcc.runtime.engine import embedder as module
 from qcc.runtime.engine.embedder import similarities, unit
 from qcc.runtime.engine.memory import budget
+from qcc.runtime.engine.tokenizer import Tokenizer
 from qcc.runtime.errors import QccError
 
+from ..conftest import write_tokenizer
 from ..embeddings import BEGIN, BERT, END, TEXTS, reference_vectors, save_embedding
 
 PROMPTS = {"query": "Find: ", "document": ""}
@@ -104,6 +106,25 @@ def test_a_long_text_is_cut(embedder: Embedder) -> None:
     assert len(embedder.tokenizer.encode(text)) == 162  # and other texts are not cut
     with pytest.raises(QccError, match="text 1 has 162 tokens, the window is 48; compile with a"):
         embedder.embed(text, truncate=False)
+
+
+def test_special_tokens_that_tokenizer_json_lacks(tmp_path: Path) -> None:
+    """As tokenizer_config.json says; a text that is cut has them as well."""
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    for added, before, after in (
+        ({"add_bos_token": False}, [], []),
+        ({"add_bos_token": True, "add_eos_token": True}, [BEGIN], [END]),
+        ({"add_bos_token": False, "add_eos_token": True}, [], [END]),
+    ):
+        path.write_text(json.dumps({**fields, **added}), encoding="utf-8")
+        tokenizer = Tokenizer(tmp_path, {})
+        plain = tokenizer.encode_rendered("abcdef")
+        whole = [*before, *plain, *after]
+        assert tokenizer.encode_within("abcdef", len(whole)) == (whole, len(whole))
+        cut = [*before, *plain[: 5 - len(before) - len(after)], *after]
+        assert tokenizer.encode_within("abcdef", 5) == (cut, len(whole))
 
 
 def test_fewer_dimensions(embedder: Embedder) -> None:
