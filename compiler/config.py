@@ -337,8 +337,8 @@ class ModelConfig:
     @property
     def cache_layers(self) -> tuple[int, ...]:
         """The layers whose keys and values a cache holds, by their places in it."""
-        layers = range(self.num_hidden_layers)
-        return tuple(i for i in layers if self.delta is None or not self.delta.layers[i])
+        layers, delta = range(self.num_hidden_layers), self.delta
+        return tuple(i for i in layers if delta is None or delta.beside or not delta.layers[i])
 
     @property
     def states(self) -> tuple[StateTensor, ...]:

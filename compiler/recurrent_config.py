@@ -15,10 +15,13 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class DeltaConfig:
-    """Gated delta networks in the place of attention, in the layers that `layers` marks.
+    """Layers with a matrix for each head as their state: those that `layers` marks.
 
     A key head serves value_heads / key_heads value heads with neighbouring numbers. A short
-    convolution over the last `conv_kernel` tokens goes through q, k and v before.
+    convolution over the last `conv_kernel` tokens goes through q, k and v before; with `conv_bias`
+    it adds numbers. What a token writes is its value less what the state knows of its key, where
+    `corrects` (gated delta networks), else its value (Mamba 2). It stands in the place of
+    attention, or `beside` it.
     """
 
     key_heads: int
@@ -27,6 +30,9 @@ class DeltaConfig:
     value_head_dim: int
     conv_kernel: int
     layers: tuple[bool, ...]
+    corrects: bool = True
+    beside: bool = False
+    conv_bias: bool = False
 
     @property
     def keys(self) -> int:

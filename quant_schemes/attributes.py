@@ -4,7 +4,7 @@
               quantize_activation (x, or x and its scale -> x rounded to int8 codes times scales),
               expert_linear (x, weights of all experts, ids -> each token times its experts),
               top_experts (scores -> ids), expert_order (ids -> the pairs, sorted by expert),
-              causal_conv, delta_rule (rows of several sequences, and what each keeps of its past),
+              causal_conv, delta_rule, sum_rule (rows of several sequences, what each keeps),
               repack (stored part -> a kernel's layout), linear, table_rows, or the name of a
               function that clients call
 `qcc.format`  WeightFormat.as_dict() of what a dequantize function reads
@@ -16,7 +16,7 @@ DEQUANTIZE, DEQUANTIZE_ROWS, REPACK = "dequantize", "dequantize_rows", "repack"
 QUANTIZE_ACTIVATION = "quantize_activation"
 LINEAR, TABLE_ROWS = "linear", "table_rows"
 EXPERT_LINEAR, TOP_EXPERTS, EXPERT_ORDER = "expert_linear", "top_experts", "expert_order"
-CAUSAL_CONV, DELTA_RULE = "causal_conv", "delta_rule"
+CAUSAL_CONV, DELTA_RULE, SUM_RULE = "causal_conv", "delta_rule", "sum_rule"
 
 # TVM's own: no schedule is wanted any more, and fusion leaves the function alone.
 SCHEDULED = "tirx.is_scheduled"

@@ -1,4 +1,4 @@
-"""The two functions of a gated delta network that carry a state from token to token.
+"""The two functions of a layer with states that carry them from token to token.
 
 They name no device: each is one independent scan for every sequence and channel. A target may put
 kernels in their place, by `qcc.role`. Sequences stand one behind the other: `segments` int32[b, 3]
@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 
 from qcc.compiler.recurrent_config import DeltaConfig
 from qcc.compiler.row_kernel import i64, local, row_kernel
-from qcc.quant_schemes.attributes import CAUSAL_CONV, DELTA_RULE
+from qcc.quant_schemes.attributes import CAUSAL_CONV, DELTA_RULE, SUM_RULE
 
 
 def segment(segments: Any, index: Any) -> list[Any]:
@@ -30,11 +30,13 @@ def causal_conv_func(sizes: DeltaConfig, width: int, dtype: str) -> tirx.PrimFun
 
     Row t of a sequence becomes silu(sum of weight[i, :] * x[t - taps + 1 + i, :c]); rows before its
     first are those of the state, which then holds the last ones. x and the weight have `dtype`.
+    With sizes.conv_bias there is bias [c] behind the weight, for the sum to begin with.
     """
     m, b, slots = (tirx.Var(name, "int64") for name in ("m", "b", "s"))
     taps, channels = sizes.conv_kernel, i64(sizes.channels)
 
-    def body(row: Any, x: Any, weight: Any, segments: Any, state: Any, out: Any) -> None:
+    def body(row: Any, x: Any, weight: Any, *rest: Any) -> None:
+        *bias, segments, state, out = rest
         channel = T.bind(row % channels)
         slot, first, count = segment(segments, row // channels)
 
@@ -46,7 +48,7 @@ def causal_conv_func(sizes: DeltaConfig, width: int, dtype: str) -> tirx.PrimFun
             )
 
         with T.serial(i64(0), count) as t:
-            total = local("float32", 0.0)
+            total = local("float32", T.cast(bias[0][channel], "float32") if bias else 0.0)
             for tap in range(taps):
                 factor = T.cast(weight[tap * channels + channel], "float32")
                 T.buffer_store(total, total[0] + factor * at(t + (tap - taps + 1)), [0])
@@ -58,6 +60,7 @@ def causal_conv_func(sizes: DeltaConfig, width: int, dtype: str) -> tirx.PrimFun
     inputs = [
         ("x", (m, i64(width)), dtype),
         ("weight", (i64(taps * sizes.channels),), dtype),
+        *([("bias", (channels,), dtype)] if sizes.conv_bias else []),
         ("segments", (b, i64(3)), "int32"),
     ]
     outputs = [
@@ -74,7 +77,7 @@ def delta_rule_func(sizes: DeltaConfig) -> tirx.PrimFunc:
     For each token of a sequence and each value head, with that head's state S (arXiv 2412.06464):
     S = decay S; S = S + k outer beta (v - S' k); o = S' q. Here q and k are those of qkv times
     norms f32[m, 2 * key heads] (of queries, then keys); gates f32[m, 2 * value heads] has every
-    head's decay, then every head's beta.
+    head's decay, then every head's beta. Unless sizes.corrects, S' k is taken for 0.
     """
     m, b, slots = (tirx.Var(name, "int64") for name in ("m", "b", "s"))
     heads, dim, wide = sizes.value_heads, i64(sizes.key_head_dim), i64(sizes.value_head_dim)
@@ -90,12 +93,14 @@ def delta_rule_func(sizes: DeltaConfig) -> tirx.PrimFunc:
             token = T.bind(first + t)
             decay = T.bind(gates[token, head])
             known, found = local("float32", 0.0), local("float32", 0.0)
-            with T.serial(i64(0), dim) as i:
-                key = qkv[token, sizes.keys + key_head * dim + i]
-                T.buffer_store(known, known[0] + key * state[slot, head, i, column], [0])
+            if sizes.corrects:
+                with T.serial(i64(0), dim) as i:
+                    key = qkv[token, sizes.keys + key_head * dim + i]
+                    T.buffer_store(known, known[0] + key * state[slot, head, i, column], [0])
             norm = T.bind(norms[token, sizes.key_heads + key_head])
             value = qkv[token, 2 * sizes.keys + head * wide + column]
-            change = T.bind((value - known[0] * decay * norm) * gates[token, heads + head] * norm)
+            rest = value - known[0] * decay * norm if sizes.corrects else value
+            change = T.bind(rest * gates[token, heads + head] * norm)
             with T.serial(i64(0), dim) as i:
                 key = qkv[token, sizes.keys + key_head * dim + i]
                 new = T.bind(state[slot, head, i, column] * decay + key * change)
@@ -114,4 +119,5 @@ def delta_rule_func(sizes: DeltaConfig) -> tirx.PrimFunc:
         ("state", (slots, i64(heads), dim, wide), "float32"),
         ("out", (m, i64(sizes.values)), "float32"),
     ]
-    return row_kernel(DELTA_RULE, b * (heads * wide), inputs, outputs, body, scattered=True)
+    role = DELTA_RULE if sizes.corrects else SUM_RULE
+    return row_kernel(role, b * (heads * wide), inputs, outputs, body, scattered=True)

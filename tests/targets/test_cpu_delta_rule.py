@@ -20,6 +20,7 @@ SIZES = {
     "odd": DeltaConfig(2, 6, 12, 20, 4, (True,)),
     "lone": DeltaConfig(1, 1, 7, 33, 2, (True,)),  # no vector divides anything
     "usual": DeltaConfig(2, 4, 128, 128, 4, (True,)),
+    "mamba": DeltaConfig(2, 4, 40, 24, 4, (True,), corrects=False, conv_bias=True),
 }
 KINDS = ("anywhere", "avx512", "avx2", "sse")
 PLACES = 5
@@ -82,15 +83,18 @@ def test_convolution(module: Any, name: str, run: list[tuple[int, int]]) -> None
     x[0] *= 60  # where exp(-x) overflows
     weight = random.normal(size=(taps, channels)).astype(np.float32)
     state = random.normal(size=(PLACES, taps - 1, channels)).astype(np.float32)
+    bias = random.normal(size=channels * sizes.conv_bias).astype(np.float32)
     expected, kept = np.zeros((rows, channels)), state.astype(np.float64)
     for place, first, count in segments(run):
         series = np.concatenate([kept[place], x[first : first + count, :channels].astype("f8")])
         for t in range(count):
             total = (weight.astype("f8") * series[t : t + taps]).sum(axis=0)
+            total += bias if sizes.conv_bias else 0.0
             expected[first + t] = total * np.exp(-np.logaddexp(0, -total))
         kept[place] = series[count:]
     held, out = tensor(state), tensor(np.full((rows, channels), np.nan, np.float32))
-    module["conv"](tensor(x), tensor(weight.reshape(-1)), tensor(segments(run)), held, out)
+    inputs = [x, weight.reshape(-1), *([bias] if sizes.conv_bias else []), segments(run)]
+    module["conv"](*map(tensor, inputs), held, out)
     np.testing.assert_allclose(out.numpy(), expected, rtol=2e-5, atol=2e-6)
     np.testing.assert_array_equal(held.numpy(), kept.astype(np.float32))
 
@@ -115,7 +119,7 @@ def test_recurrence(module: Any, name: str, run: list[tuple[int, int]]) -> None:
     for place, first, count in segments(run):
         for t in range(first, first + count):
             s = kept[place] * decay[t, :, None, None]
-            known = np.einsum("hij,hi->hj", s, k[t])
+            known = np.einsum("hij,hi->hj", s, k[t]) * sizes.corrects
             s = s + k[t][:, :, None] * ((v[t] - known) * beta[t, :, None])[:, None]
             expected[t] = np.einsum("hij,hi->hj", s, q[t])
             kept[place] = s

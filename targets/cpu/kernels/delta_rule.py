@@ -17,7 +17,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from qcc.quant_schemes.attributes import CAUSAL_CONV, DELTA_RULE, ROLE
+from qcc.quant_schemes.attributes import CAUSAL_CONV, DELTA_RULE, ROLE, SUM_RULE
 from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels import attention_vector as vx
 from qcc.targets.cpu.kernels.tir import fma, i64, kernel, lanes_from, parallel, serial, splat, zeros
@@ -49,13 +49,15 @@ def _silu(x: Any, lanes: int) -> Any:
 
 
 @cache
-def causal_conv(taps: int, channels: int, width: int, isa: Isa) -> tirx.PrimFunc:
-    """PrimFunc (x f32[m, width], weight f32[taps * c], segments, state, out f32[m, c])."""
+def causal_conv(taps: int, channels: int, width: int, bias: bool, isa: Isa) -> tirx.PrimFunc:
+    """PrimFunc (x f32[m, width], weight f32[taps * c], bias, segments, state, out f32[m, c])."""
     m, b, slots = (tirx.Var(name, "int64") for name in ("m", "b", "s"))
     lanes, vectors = _block(channels, isa, CHANNELS)
     blocks = channels // (lanes * vectors)
 
-    def body(x: Any, weight: Any, segments: Any, state: Any, out: Any) -> None:
+    def body(x: Any, weight: Any, *rest: Any) -> None:
+        *added, segments, state, out = rest
+
         with parallel(b * blocks) as i:
             slot, first, count = _segment(segments, tirx.floordiv(i, blocks))
             block = T.bind(tirx.floormod(i, blocks) * (lanes * vectors))
@@ -71,7 +73,7 @@ def causal_conv(taps: int, channels: int, width: int, isa: Isa) -> tirx.PrimFunc
                 with serial(vectors) as v:
                     channel = T.bind(block + v * lanes)
                     at = lanes_from(channel, lanes)
-                    total = vx.keep(zeros(lanes), lanes)
+                    total = vx.keep(added[0][at] if bias else zeros(lanes), lanes)
                     for tap, row in enumerate(rows):
                         factor = weight[lanes_from(channel + tap * channels, lanes)]
                         total = vx.keep(vx.fma(factor, row(at), total, lanes), lanes)
@@ -97,6 +99,7 @@ def causal_conv(taps: int, channels: int, width: int, isa: Isa) -> tirx.PrimFunc
     args: list[tuple[str, Shape, str]] = [
         ("x", (m, width), "float32"),
         ("weight", (taps * channels,), "float32"),
+        *([("bias", (channels,), "float32")] if bias else []),
         ("segments", (b, 3), "int32"),
         ("state", (slots, taps - 1, channels), "float32"),
         ("out", (m, channels), "float32"),
@@ -105,7 +108,9 @@ def causal_conv(taps: int, channels: int, width: int, isa: Isa) -> tirx.PrimFunc
 
 
 @cache
-def delta_rule(key_heads: int, heads: int, dim: int, wide: int, isa: Isa) -> tirx.PrimFunc:
+def delta_rule(
+    key_heads: int, heads: int, dim: int, wide: int, corrects: bool, isa: Isa
+) -> tirx.PrimFunc:
     """PrimFunc (qkv, norms, gates, segments, state f32[s, heads, dim, wide], out f32[m, v])."""
     m, b, slots = (tirx.Var(name, "int64") for name in ("m", "b", "s"))
     lanes, vectors = _block(wide, isa, COLUMNS)
@@ -143,12 +148,8 @@ def delta_rule(key_heads: int, heads: int, dim: int, wide: int, isa: Isa) -> tir
                         part.set(zeros(lanes))
                     return value
 
-                for reg in (reg for row in sums for reg in row):
-                    reg.set(zeros(lanes))
-                with serial(count) as t:
-                    token = T.bind(first + t)
-                    decay = T.bind(gates[token, head])
-                    norm = T.bind(norms[token, key_heads + key_head])
+                def look_up(token: Any) -> None:
+                    """What the state knows of the token's key."""
                     with serial(dim // rows) as pair:
                         for row in range(rows):
                             place = pair * rows + row
@@ -156,11 +157,22 @@ def delta_rule(key_heads: int, heads: int, dim: int, wide: int, isa: Isa) -> tir
                             for v in range(vectors):
                                 buffer, indices = where(place, v)
                                 add(row, v, key, buffer[tuple(indices)])
+
+                for reg in (reg for row in sums for reg in row):
+                    reg.set(zeros(lanes))
+                with serial(count) as t:
+                    token = T.bind(first + t)
+                    decay = T.bind(gates[token, head])
+                    norm = T.bind(norms[token, key_heads + key_head])
+                    if corrects:
+                        look_up(token)
                     strength = T.bind(gates[token, heads + head] * norm)
                     known = T.bind(decay * norm)
                     for v, change in enumerate(changes):
                         own = lanes_from(2 * keys + head * wide + column + v * lanes, lanes)
-                        rest = qkv[token, own] - take(v) * splat(known, lanes)
+                        rest = qkv[token, own]
+                        if corrects:
+                            rest = rest - take(v) * splat(known, lanes)
                         change.set(rest * splat(strength, lanes))
                     with serial(dim // rows) as pair:
                         for row in range(rows):
@@ -208,4 +220,5 @@ def delta_rule(key_heads: int, heads: int, dim: int, wide: int, isa: Isa) -> tir
         ("state", (slots, heads, dim, wide), "float32"),
         ("out", (m, heads * wide), "float32"),
     ]
-    return kernel(DELTA_RULE, args, body, {ROLE: DELTA_RULE}, outputs=2)
+    role = DELTA_RULE if corrects else SUM_RULE
+    return kernel(role, args, body, {ROLE: role}, outputs=2)

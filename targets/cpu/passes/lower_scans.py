@@ -11,7 +11,7 @@ from typing import Any
 import tvm
 from tvm import tirx
 
-from qcc.quant_schemes.attributes import CAUSAL_CONV, DELTA_RULE, ROLE
+from qcc.quant_schemes.attributes import CAUSAL_CONV, DELTA_RULE, ROLE, SUM_RULE
 from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels.delta_rule import causal_conv, delta_rule
 
@@ -32,12 +32,13 @@ class LowerScans:
                 continue
             shapes = [param.shape for param in func.params]
             if func.attrs[ROLE] == CAUSAL_CONV:
-                (_, width), state = shapes[0], shapes[3]
-                taps, channels = int(state[1]) + 1, int(state[2])
-                result.update_func(gv, causal_conv(taps, channels, int(width), self.isa))
-            elif func.attrs[ROLE] == DELTA_RULE:
+                (_, width), state = shapes[0], shapes[-2]
+                taps, channels, bias = int(state[1]) + 1, int(state[2]), len(shapes) == 6
+                result.update_func(gv, causal_conv(taps, channels, int(width), bias, self.isa))
+            elif func.attrs[ROLE] in (DELTA_RULE, SUM_RULE):
                 norms, state = shapes[1], shapes[4]
                 heads, dim, wide = (int(extent) for extent in state[1:])
-                kernel = delta_rule(int(norms[1]) // 2, heads, dim, wide, self.isa)
+                key_heads, corrects = int(norms[1]) // 2, func.attrs[ROLE] == DELTA_RULE
+                kernel = delta_rule(key_heads, heads, dim, wide, corrects, self.isa)
                 result.update_func(gv, kernel)
         return result
