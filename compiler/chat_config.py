@@ -48,6 +48,7 @@ _HF_NAMES: dict[str, str | None] = {
     "experts": None,
     "pooling": None,
     "bidirectional": None,
+    "unused_positions": None,
     "token_types": "type_vocab_size",
     "latent": None,
     "delta": None,

@@ -328,6 +328,7 @@ class ModelConfig:
     unit_head: bool = False  # rows of lm_head are normalized
     bidirectional: bool = False  # a token sees those behind it, too
     token_types: int = 0  # kinds of tokens with a vector each
+    unused_positions: int = 0  # rows of the table of positions before the first position's
     pooling: PoolingConfig | None = None
 
     def is_windowed(self, layer: int) -> bool:

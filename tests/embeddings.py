@@ -56,8 +56,8 @@ def save_embedding(
         AutoModelForMaskedLM,
     )
 
-    config = AutoConfig.for_model(model_type, pad_token_id=0, **fields)
-    headed = AutoModelForMaskedLM if model_type == "bert" else AutoModelForCausalLM
+    config = AutoConfig.for_model(model_type, **{"pad_token_id": 0, **fields})
+    headed = AutoModelForMaskedLM if "bert" in model_type else AutoModelForCausalLM
     model = (headed if head else AutoModel).from_config(config, dtype=torch.float32)
     randomize(model, seed)
     model.save_pretrained(folder)

@@ -40,7 +40,8 @@ class EncoderStack(nn.Module):  # type: ignore[misc]
         """Make the parts."""
         hidden = config.hidden_size
         self.embed_tokens = Embedding(config.vocab_size, hidden)
-        self.embed_positions = Embedding(config.max_position_embeddings, hidden)
+        positions = config.unused_positions + config.max_position_embeddings
+        self.embed_positions = Embedding(positions, hidden)
         self.embed_types = Embedding(config.token_types, hidden)
         self.embed_norm = LayerNorm(hidden, config.norm_eps)
         self.layers = nn.ModuleList(
@@ -59,14 +60,22 @@ class Encoder(nn.Module):  # type: ignore[misc]
     def hidden(self, x: nn.Tensor, texts: Texts) -> nn.Tensor:
         """x [1, n, h] of the tokens' table -> [1, n, h] after the last layer."""
         model, n = self.model, x.shape[1]
-        x = x + op.reshape(model.embed_positions(texts.positions), x.shape)
-        # All of a text is of the first kind: the second is for the second of a pair.
-        first = nn.Tensor.from_const(np.zeros(1, np.int32))
-        x = model.embed_norm(x + model.embed_types(first))
+        rows = texts.positions
+        if self.config.unused_positions:
+            rows = rows + nn.Tensor.from_const(np.array(self.config.unused_positions, np.int32))
+        x = x + op.reshape(model.embed_positions(rows), x.shape)
+        x = model.embed_norm(x + self._kind())
         step = Step.of(self.config, texts, n)
         for layer in model.layers:
             x = layer(x, step)
         return x
+
+    def _kind(self) -> nn.Tensor:
+        """[1, h]: all of a text is of the first kind; the second is for the second of a pair."""
+        table = self.model.embed_types
+        if self.config.token_types == 1:
+            return table.weight
+        return table(nn.Tensor.from_const(np.zeros(1, np.int32)))
 
     def encode(self, input_ids: nn.Tensor, ends: nn.Tensor) -> nn.Tensor:
         """Texts end to end, int32[n] and int32[b] -> f32[b, h]: the one function of `texts`."""

@@ -25,8 +25,8 @@ LEGEND = (
     "chunks, decode and batches; with 4 bits\nagainst the original on the dequantized weights. "
     "`compiled`: built, not run. `-`: no such target yet. The original is transformers;\nwhere "
     "that lacks the architecture, a model of ours in plain torch, written from the published "
-    "equations. Of bert, which\nwrites no text, every number of the vectors that it makes of "
-    "texts.\n"
+    "equations. Of bert\nand its kin, which write no text, every number of the vectors that they "
+    "make of texts.\n"
 )
 
 Record = Mapping[str, Any]

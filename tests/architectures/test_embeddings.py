@@ -37,6 +37,13 @@ class EmbeddingCase:
 EMBEDDINGS = [
     EmbeddingCase("bert", "bert", BERT, "cls"),
     EmbeddingCase("bert-masked", "bert", {**BERT, "hidden_act": "gelu_new"}, "mean", True, True),
+    # Positions begin behind the padding token; no text holds it.
+    EmbeddingCase("roberta", "roberta", {**BERT, "max_position_embeddings": 129}, "mean"),
+    EmbeddingCase(
+        "xlm-roberta", "xlm-roberta",
+        {**BERT, "max_position_embeddings": 131, "pad_token_id": 2, "type_vocab_size": 1}, "cls",
+        head=True,
+    ),
     EmbeddingCase("qwen3", "qwen3", LAYERS, "last"),
     EmbeddingCase(
         "qwen3-windows", "qwen3",
@@ -135,7 +142,11 @@ def test_embeddings(
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(each, id=each.name) for each in EMBEDDINGS if each.name in ("bert", "qwen3")],
+    [
+        pytest.param(each, id=each.name)
+        for each in EMBEDDINGS
+        if each.name in ("bert", "xlm-roberta", "qwen3")
+    ],
     indirect=True,
 )
 @pytest.mark.parametrize("scheme", ["q4f16_1", pytest.param("q8f16_1", marks=pytest.mark.slow)])

@@ -227,7 +227,11 @@ def test_names_without_their_first_part(folder: Make) -> None:
         ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
         ({"embedding_size": 32}, "unknown key 'embedding_size'"),
         ({"architectures": ["BertForSequenceClassification"]}, "architecture 'BertForSeq"),
-        ({"architectures": ["RobertaModel"], "model_type": "roberta"}, "architecture 'RobertaMod"),
+        ({"architectures": ["DebertaModel"], "model_type": "deberta"}, "architecture 'DebertaMod"),
+        (
+            {"architectures": ["RobertaModel"], "model_type": "roberta", "pad_token_id": 200},
+            "max_position_embeddings 128 leaves no position behind pad_token_id 200",
+        ),
     ],
 )
 def test_configs_that_are_refused(folder: Make, changes: dict[str, Any], text: str) -> None:
