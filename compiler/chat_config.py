@@ -52,6 +52,7 @@ _HF_NAMES: dict[str, str | None] = {
     "token_types": "type_vocab_size",
     "latent": None,
     "delta": None,
+    "mamba": None,
 }
 _USUAL = ("qkv_bias", "mlp_bias", "sliding_window", "parallel_residual")
 _NORM_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")

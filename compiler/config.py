@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcc.compiler.recurrent_config import DeltaConfig, StateTensor
+from qcc.compiler.recurrent_config import DeltaConfig, MambaConfig, StateTensor
 from qcc.quant_schemes.errors import did_you_mean
 from qcc.runtime.errors import QccError
 
@@ -74,6 +74,10 @@ MAXIMA = {
     "linear_key_head_dim": 4096,
     "linear_value_head_dim": 4096,
     "linear_conv_kernel_dim": 64,
+    "mamba_d_ssm": 2**18,
+    "mamba_n_heads": 4096,
+    "mamba_d_state": 4096,
+    "mamba_d_conv": 64,
     "vocab_size": 2**24,
 }
 
@@ -322,6 +326,7 @@ class ModelConfig:
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
     delta: DeltaConfig | None = None
+    mamba: MambaConfig | None = None
     learned_positions: bool = False
     qk_norm: bool = False  # where an architecture may have norms of q and k
     attention_sinks: bool = False  # a term in each head's softmax

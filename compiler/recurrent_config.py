@@ -63,3 +63,20 @@ class DeltaConfig:
             if marked
             for name, shape in (("conv", (self.conv_kernel - 1, self.channels)), ("delta", head))
         )
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """What Mamba's layers have besides the sizes of their states.
+
+    `multipliers` are those of what is projected to z, x, B, C and dt. `norm` is that of the output,
+    "before" or "after" its gate, over each group of heads; "" for none. `scales` multiply, in this
+    order, Mamba's output, attention's input and output, an MLP's gate and output.
+    """
+
+    multipliers: tuple[float, ...] = (1.0,) * 5
+    least_step: float = 0.0
+    largest_step: float = float("inf")
+    norm: str = ""
+    out_bias: bool = False
+    scales: tuple[float, ...] = (1.0,) * 5

@@ -79,6 +79,10 @@ SMALL_PARTS: dict[str, Any] = {
     "linear_num_value_heads": 8,
     "linear_key_head_dim": 32,
     "linear_value_head_dim": 32,
+    "mamba_d_ssm": 256,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 32,
 }
 # Architectures whose config.json has all that within another mapping.
 WITHIN = {"qwen3_5": "text_config"}

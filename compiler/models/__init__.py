@@ -6,7 +6,7 @@
   attention.py     attention over the paged KV cache
   experts.py       mixture of experts
   latent_attention.py  multi-head latent attention
-  delta_rule.py, gated_delta.py, delta_reading.py, recurrent.py  gated delta networks
+  delta_rule.py, gated_delta.py, delta_reading.py, mamba.py, recurrent.py  layers with states
   decoder.py       layers, the decoder, the functions that clients call
   texts.py         texts end to end in place of a cache, for embedding models
   encoder.py       layers and model of encoders

@@ -53,8 +53,9 @@ class Conv1d(nn.Module):  # type: ignore[misc]
     """The weights of a convolution along the tokens, [taps * channels], oldest token first."""
 
     def __init__(self, config: DeltaConfig) -> None:
-        """Make them."""
+        """Make them, and a bias for each channel if there is one."""
         self.weight = nn.Parameter((config.conv_kernel * config.channels,))
+        self.bias = nn.Parameter((config.channels,)) if config.conv_bias else None
 
 
 class GatedDeltaNet(nn.Module):  # type: ignore[misc]

@@ -301,6 +301,27 @@ CASES = [
         quantized=False,
     ),
     Case(
+        "falcon_h1", "falcon_h1",
+        {
+            "head_dim": 20, "mamba_d_ssm": 72, "mamba_n_heads": 6, "mamba_d_state": 28,
+            "mamba_n_groups": 2, "key_multiplier": 0.7, "attention_in_multiplier": 0.8,
+            "attention_out_multiplier": 1.3, "embedding_multiplier": 3.0,
+            "mlp_multipliers": [1.4, 0.6], "lm_head_multiplier": 0.5,
+            "ssm_multipliers": [0.9, 1.2, 0.8, 1.1, 0.7], "ssm_in_multiplier": 1.25,
+            "ssm_out_multiplier": 0.75, "pad_token_id": 0,
+        },
+    ),
+    Case(
+        "falcon_h1-norm", "falcon_h1",
+        {
+            "mamba_d_ssm": 72, "mamba_n_heads": 6, "mamba_d_state": 28, "mamba_n_groups": 2,
+            "mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_conv_bias": False,
+            "projectors_bias": True, "time_step_limit": [0.1, 1.5], "pad_token_id": 0,
+            "attention_bias": True, "mlp_bias": True,
+        },
+        quantized=False,
+    ),
+    Case(
         "qwen3_next", "qwen3_next",
         {
             **DELTA, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 44,

@@ -15,9 +15,9 @@ from ..sequences import Runs
 from .cases import CASES, Case
 from .conftest import Original
 
-HYBRIDS = [pytest.param(c, id=c.name) for c in CASES if "linear_num_key_heads" in c.config]
-ONE = [each for each in HYBRIDS if each.id == "qwen3_5"]
-pytestmark = pytest.mark.parametrize("case", ONE, indirect=True)
+EACH = [pytest.param(c, id=c.name) for c in CASES if c.name in ("qwen3_5", "falcon_h1")]
+SOME = [each for each in EACH if each.id == "qwen3_5"]
+each_kind = pytest.mark.parametrize("case", EACH, indirect=True)
 
 
 @pytest.fixture
@@ -43,6 +43,7 @@ def close(tolerance: float) -> Any:
     return compare
 
 
+@each_kind
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_chunks_shorter_than_the_convolution(
     runs: Runs, original: Original, ids: list[int], close: Any, size: int
@@ -56,6 +57,7 @@ def test_chunks_shorter_than_the_convolution(
         close(runs.prefill([prefilled], [part]), expected[at + len(part) - 1][None])
 
 
+@each_kind
 def test_sequences_come_and_go(runs: Runs, original: Original, some_ids: Any, close: Any) -> None:
     """Places are used again, out of order; prompts of 1 to 3 tokens are computed beside others."""
     texts = [some_ids(40, seed=seed) for seed in range(6)]
@@ -84,6 +86,7 @@ def test_sequences_come_and_go(runs: Runs, original: Original, some_ids: Any, cl
     advance([4], [e], [1])
 
 
+@each_kind
 def test_forks(runs: Runs, original: Original, ids: list[int], some_ids: Any, close: Any) -> None:
     """A child begins where its parent is; from an earlier position it is refused."""
     tails = [some_ids(9, seed=seed)[1:] for seed in (1, 2)]
@@ -99,6 +102,7 @@ def test_forks(runs: Runs, original: Original, ids: list[int], some_ids: Any, cl
     close(runs.verify(child, tails[1][3:]), original.logits(ids[:20] + tails[1])[23:])
 
 
+@each_kind
 def test_tokens_are_not_forgotten(runs: Runs, ids: list[int]) -> None:
     seq = runs.new()
     runs.verify(seq, ids[:10])
@@ -108,6 +112,7 @@ def test_tokens_are_not_forgotten(runs: Runs, ids: list[int]) -> None:
         runs.model.pop(seq, 3)
 
 
+@each_kind
 def test_a_session_whose_prompt_departs_begins_anew(runs: Runs, ids: list[int]) -> None:
     """A prompt that goes on where the session is computes the rest; any other, all of it."""
     llm, session = runs.llm, Session()
@@ -126,6 +131,7 @@ def test_a_session_whose_prompt_departs_begins_anew(runs: Runs, ids: list[int]) 
         assert found.cached_tokens == reused, prompt
 
 
+@each_kind
 def test_batches_of_requests(runs: Runs, some_ids: Any) -> None:
     """More requests than places: each is answered as if it were alone."""
     prompts = [some_ids(count, seed=count) for count in (3, 30, 1, 17, 2, 45)]
@@ -135,6 +141,7 @@ def test_batches_of_requests(runs: Runs, some_ids: Any) -> None:
     assert [result.token_ids for result in together] == alone
 
 
+@pytest.mark.parametrize("case", SOME, indirect=True)
 def test_only_attention_has_pages(case: Case, runs: Runs, cli: Any) -> None:
     """The budget: keys and values of one layer of five, and the states of the others."""
     from qcc.runtime.engine.memory import budget
