@@ -5,6 +5,7 @@ options.py  CompileOptions, what a compile takes besides the model
 driver.py   the steps, in order, on one page
 source.py   MODEL on the command line -> a local checkpoint folder
 config.py   config.json -> ModelConfig
+read_model.py  both for a folder; embedding.py: what sentence-transformers' files say of it
 models/     one file an architecture, over shared blocks: ModelConfig -> Relax IRModule
 passes/     one file a pass; pipeline.py is the list; row_kernel.py for functions written by hand
 build.py    IRModule + target -> library
