@@ -4,7 +4,7 @@ cli/        one file a verb
 options.py  CompileOptions, what a compile takes besides the model
 driver.py   the steps, in order, on one page
 source.py   MODEL on the command line -> a local checkpoint folder
-config.py   config.json -> ModelConfig
+config.py   config.json -> ModelConfig; recurrent_config.py: of layers with states; maxima.py
 read_model.py  both for a folder; embedding.py: what sentence-transformers' files say of it
 models/     one file an architecture, over shared blocks: ModelConfig -> Relax IRModule
 passes/     one file a pass; pipeline.py is the list; row_kernel.py for functions written by hand

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from qcc.compiler.config import INT32_MAX, ModelConfig
+from qcc.compiler.config import ModelConfig
+from qcc.compiler.maxima import INT32_MAX
 from qcc.runtime.errors import QccError
 
 DEFAULT_CONTEXT = 8192
