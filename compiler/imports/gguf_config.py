@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from qcc.compiler.config import shown
-from qcc.compiler.maxima import INT32_MAX
 from qcc.compiler.imports.gguf_header import Header
+from qcc.compiler.maxima import INT32_MAX
 from qcc.quant_schemes.packing import Array
 from qcc.runtime.errors import QccError
 

@@ -4,6 +4,7 @@ In the order in which data passes:
   tvm_runtime.py  TVM's runtime without its Python package; threads
   metadata.py     `_metadata()` of a library, checked
   library.py      the compiled functions of one library; its KV cache
+  state.py        what sequences keep besides keys and values, of recurrent layers
   weights.py      stored tensors -> slots, repacked once and mapped from then on
   memory.py       does it fit: weights, KV cache and temporaries against what is available
   model.py        library + slots + KV cache: token ids in, logits out
