@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qcc.quant_schemes.rounding.method import SHARED
+
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("compiler", "quant_schemes", "runtime", "targets", "tutorials")
 TOP_LEVEL = {*PACKAGES, "tests", "pyproject.toml", "README.md", "LICENSE", "constraints.txt"}
@@ -108,12 +110,12 @@ def test_runtime_needs_no_torch() -> None:
 
 
 def test_methods_and_schemes_are_plug_ins() -> None:
-    """rounding/ holds a METHOD in each file but the two that all share; schemes/ YAML alone."""
+    """rounding/ holds a METHOD in each file but those that all share; schemes/ YAML alone."""
     folder = ROOT / "quant_schemes"
     for path in (folder / "rounding").glob("[a-z]*.py"):
         body = ast.parse(path.read_text(encoding="utf-8")).body
         names = {ast.unparse(node.targets[0]) for node in body if isinstance(node, ast.Assign)}
-        assert ("METHOD" in names) != (path.name in ("grid.py", "method.py")), path.name
+        assert ("METHOD" in names) != (path.stem in SHARED), path.name
     tracked = {path for path in files() if path.parts[:2] == ("quant_schemes", "schemes")}
     assert tracked and {path.suffix for path in tracked} == {".yaml"}
 

@@ -12,6 +12,9 @@ from qcc.quant_schemes.format import WeightFormat
 from qcc.quant_schemes.packing import Array, Quantized
 
 
+SHARED = ("grid", "groups", "method", "mxfp4")  # files of this folder that are no method
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What is known of a layer's inputs x[k] on calibration text: means over `count` tokens.
@@ -50,7 +53,7 @@ def list_methods() -> list[str]:
     """Names of the methods, sorted: the files of this folder that define METHOD."""
     package = importlib.import_module("qcc.quant_schemes.rounding")
     names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
-    return [name for name in names if name not in ("grid", "groups", "method", "mxfp4")]
+    return [name for name in names if name not in SHARED]
 
 
 def find_method(name: str) -> Method:
