@@ -48,6 +48,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 20,
         "partial_rotary_factor": 0.5,
     },
+    "falcon_h1": {
+        **LLAMA,
+        "mamba_d_ssm": 72,
+        "mamba_n_heads": 6,
+        "mamba_d_state": 28,
+        "pad_token_id": 0,
+    },
     "gpt_neox": {
         "hidden_size": 96,
         "intermediate_size": 172,

@@ -73,8 +73,13 @@ class LayerwiseModel:
         self._seen: dict[int, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
         self._replay: Any = None
         self._arguments: dict[tuple[int, int], list[Any]] = {}
+        self._wraps = False  # the model takes the first of what a layer returns
         for index, layer in enumerate(self.layers):
             layer.forward = partial(self._intercept, index)
+        try:
+            self._arguments_of(1, 1)
+        except QccError:
+            self._wraps = True
 
     def load(self, parameter: str, dtype: Any = None) -> None:
         """Read a parameter from the checkpoint; `dtype` of torch, None: float32."""
@@ -187,15 +192,23 @@ class LayerwiseModel:
     def _intercept(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """In a layer's place: remember what it is called with, pass the hidden states on."""
         if self._replay is not None:
-            return self._replay
+            return self._returned(self._replay)
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+        self._check(hidden)
+        self._seen[index] = hidden, tuple(rest), kwargs
+        return self._returned(hidden)
+
+    def _returned(self, hidden: Any) -> Any:
+        """Hidden states as a layer of the model returns them."""
+        return (hidden,) if self._wraps else hidden
+
+    def _check(self, hidden: Any) -> None:
+        """Refuse what are no hidden states of several sequences."""
         if hidden.ndim != 3:
             raise QccError(
                 f"{self.folder}: {type(self.model).__name__} hands its layers hidden states of "
                 f"{hidden.ndim} dimensions; such a model is not supported"
             )
-        self._seen[index] = hidden, tuple(rest), kwargs
-        return hidden
 
     def _arguments_of(self, batch: int, length: int) -> list[Any]:
         """What each layer is called with beside hidden states [batch, length, h]."""
@@ -205,7 +218,7 @@ class LayerwiseModel:
                 del self._arguments[next(iter(self._arguments))]
             nothing = torch.zeros((1, 1, self.width), device=self.device)
             nothing = nothing.expand(batch, length, self.width)
-            self.model.base_model(inputs_embeds=nothing, use_cache=False)
+            self._check(self.model.base_model(inputs_embeds=nothing, use_cache=False)[0])
             self._arguments[shape] = [self._seen[i][1:] for i in range(len(self.layers))]
             self._seen.clear()
         return self._arguments[shape]

@@ -38,6 +38,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox": ("gpt_neox", {}),
     "sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "states": ("qwen3_5_text", {}),
+    "layers that return tuples": ("falcon_h1", {}),
 }
 
 
