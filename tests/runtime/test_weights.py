@@ -188,12 +188,14 @@ def test_other_tensors_than_compiled_for_are_refused(
 def metadata(**changes: Any) -> Metadata:
     fields: dict[str, Any] = {
         "target": "cpu",
+        "task": "chat",
         "context_window_size": 1024,
         "sliding_window_size": -1,
         "attention_sink_size": -1,
         "prefill_chunk_size": 128,
         "max_batch_size": 4,
         "vocab_size": 100,
+        "hidden_size": 256,
         "page_size": 16,
         "compute_dtype": "float32",
         "kv_dtype": "float32",
