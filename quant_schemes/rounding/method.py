@@ -11,8 +11,8 @@ from qcc.quant_schemes.errors import SchemeError, did_you_mean
 from qcc.quant_schemes.format import WeightFormat
 from qcc.quant_schemes.packing import Array, Quantized
 
-
-SHARED = ("grid", "groups", "method", "mxfp4")  # files of this folder that are no method
+# Files of this folder that are no method.
+SHARED = ("grid", "group_kernels", "groups", "method", "mxfp4")
 
 
 @dataclass(frozen=True)

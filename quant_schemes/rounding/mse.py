@@ -15,7 +15,14 @@ import numpy as np
 from qcc.quant_schemes.format import WeightFormat
 from qcc.quant_schemes.packing import Array, Grid, Quantized
 from qcc.quant_schemes.rounding import grid, mxfp4
-from qcc.quant_schemes.rounding.groups import LANES, Groups
+from qcc.quant_schemes.rounding.group_kernels import (
+    AFFINE,
+    LANES,
+    ONE_SIGN,
+    SYMMETRIC,
+    ZERO_POINT,
+)
+from qcc.quant_schemes.rounding.groups import Groups
 from qcc.quant_schemes.rounding.method import Inputs, Method
 
 STEPS = 20  # steps tried around that which spans the whole range
@@ -63,7 +70,7 @@ def _groups(w: Array, h: Array, fmt: WeightFormat) -> Groups:
 
 def _grid(groups: Groups, fmt: WeightFormat) -> Grid:
     """The best grid that is found for some rows."""
-    scale, bias = (_fit_symmetric if fmt.grid == "symmetric" else _fit_affine)(groups, fmt)
+    scale, bias = _fit(groups, fmt)
     found = _stored(scale, bias, fmt)
     if fmt.two_level:
         found = _neighbours(groups, found, fmt)
@@ -75,27 +82,40 @@ def _stored(scale: Array, bias: Array | None, fmt: WeightFormat) -> Grid:
     return grid.stored(np.ascontiguousarray(scale), rows_first, fmt)
 
 
-def _fit_symmetric(groups: Groups, fmt: WeightFormat) -> tuple[Array, None]:
-    """Scales f32[n, groups]."""
+def _fit(groups: Groups, fmt: WeightFormat) -> tuple[Array, Array | None]:
+    """Scales and biases f32[n, groups]; no biases of a symmetric grid."""
+    if fmt.grid == "symmetric":
+        steps = _symmetric_steps(fmt)
+        fitted = groups.fit(SYMMETRIC, steps)[0] if groups.compiled else None
+        return _fit_symmetric(groups, steps) if fitted is None else fitted, None
+    if not groups.compiled:
+        return _fit_affine(groups, fmt)
+    kind = ONE_SIGN if fmt.two_level else ZERO_POINT if fmt.grid == "zero_point" else AFFINE
+    return groups.fit(kind, _shares(fmt))
+
+
+def _symmetric_steps(fmt: WeightFormat) -> Array:
+    """Scales to begin with, over the largest magnitude."""
     zero, top = fmt.zero_code, fmt.top_code
+    steps = _shares(fmt) / np.float32(max(zero, top - zero))
+    # The side with one code more takes the larger extreme: the scale's sign says which.
+    return steps if top - zero == zero else np.concatenate([-steps, steps])
+
+
+def _fit_symmetric(groups: Groups, steps: Array) -> Array:
+    """As Groups.fit, of few rows."""
     most = np.maximum(np.abs(groups.low), np.abs(groups.high))
-    count = max(zero, top - zero)
-    signs = [1.0]
-    if top - zero != zero:
-        # The side with one code more takes the larger extreme: the scale's sign says which.
-        signs = [-1.0, 1.0]
     none = np.zeros_like(most)
     best, scale = np.full_like(most, np.inf), np.zeros_like(most)
-    for sign in signs:
-        for share in _shares(fmt):
-            _, norm, product = groups.sums((sign * share / count) * most, none)
-            s = product / np.where(norm == 0, 1, norm)
-            _keep(best, groups.error(s, none), scale, s)
-    return scale, None
+    for step in steps:
+        _, norm, product = groups.sums(step * most, none)
+        s = product / np.where(norm == 0, 1, norm)
+        _keep(best, groups.error(s, none), scale, s)
+    return scale
 
 
 def _fit_affine(groups: Groups, fmt: WeightFormat) -> tuple[Array, Array]:
-    """Scales and biases f32[n, groups]."""
+    """As Groups.fit, of few rows."""
     low, high, total, hw = groups.low, groups.high, groups.total, groups.hw
     one_sign = fmt.two_level or fmt.grid == "zero_point"
     if one_sign:

@@ -7,7 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qcc.quant_schemes.rounding.groups import LANES, Groups
+from qcc.quant_schemes.format import WeightFormat
+from qcc.quant_schemes.format_text import format_of_text
+from qcc.quant_schemes.packing import Quantized, dequantize_codes
+from qcc.quant_schemes.rounding import mse
+from qcc.quant_schemes.rounding.group_kernels import LANES
+from qcc.quant_schemes.rounding.groups import Groups
 
 
 def exact(w: Any, h: Any, s: Any, b: Any, zero: int, top: int) -> tuple[Any, ...]:
@@ -50,3 +55,26 @@ def test_no_scale_at_all() -> None:
     groups = Groups(np.ones((LANES, 1, 8), np.float32), np.ones((1, 1, 8), np.float32), 0, 15)
     s = np.full((LANES, 1), np.inf, np.float32)
     assert not np.isfinite(groups.error(s, np.zeros_like(s))).any()
+
+
+@pytest.mark.parametrize(
+    "text", ["4/32", "3/24", "4/32s", "4/32a", "3/rowa", "4/32k", "2/16k", "z"]
+)
+def test_the_compiled_search_is_numpys(text: str) -> None:
+    """The same grid for many rows at once as for few at a time, but for ties."""
+    fmt = WeightFormat(4, "float16", 32, grid="zero_point")
+    if text != "z":
+        fmt = format_of_text(text, "float16", "test", lambda name: None)
+    rng = np.random.default_rng(7)
+    w = (rng.standard_t(5, (40, 100)) * 0.03).astype(np.float32)
+    w[3] = 0
+    importance = rng.uniform(0.1, 3, 100).astype(np.float32)
+    compiled = mse.search(w, fmt, importance)
+    few = [mse.search(w[at : at + 8], fmt, importance) for at in range(0, 40, 8)]
+    plain = Quantized.concatenate(few)
+    assert np.mean(compiled.codes != plain.codes) < 2e-3
+    errors = [
+        float((importance * (dequantize_codes(each, fmt) - w).astype(np.float64) ** 2).sum())
+        for each in (compiled, plain)
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
