@@ -11,6 +11,14 @@ from qcc.compiler.imports.lora import CONFIG, WEIGHTS
 from qcc.runtime.errors import QccError
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+# What says how an embedding model's library makes a vector (qcc.compiler.embedding reads it).
+EMBEDDING_MODULES = "modules.json"
+EMBEDDING_FILES = (
+    EMBEDDING_MODULES,
+    "*/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
 WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "LICENSE*", "*.txt"]
 _CHUNK = 1 << 22
 
@@ -58,9 +66,13 @@ def _download(model: str, allow_pickle: bool) -> Path:
 
 
 def source_files(folder: Path, lora: Path | None = None) -> list[Path]:
-    """config.json and every weight file of a checkpoint, and of an adapter to it."""
+    """config.json and every weight file of a checkpoint, and of an adapter to it.
+
+    Of an embedding model also what says how vectors are made, as its pooling.
+    """
     found = [folder / "config.json"]
-    for pattern in WEIGHT_FILES:
+    is_embedding = (folder / EMBEDDING_MODULES).is_file()
+    for pattern in (*WEIGHT_FILES, *(EMBEDDING_FILES if is_embedding else ())):
         found += sorted(folder.glob(pattern))
     return found if lora is None else [*found, lora / CONFIG, lora / WEIGHTS]
 
@@ -78,7 +90,7 @@ def stamp(folder: Path, lora: Path | None = None) -> list[list[str | int]]:
 
 
 def checksum(folder: Path, lora: Path | None = None) -> str:
-    """sha256 over config.json and every weight file, an adapter's too, names and contents."""
+    """sha256 over all source files, an adapter's too, names and contents."""
     digest = hashlib.sha256()
     for path in source_files(folder, lora):
         digest.update(path.name.encode())

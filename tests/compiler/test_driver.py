@@ -8,7 +8,10 @@ import pytest
 from qcc.compiler.driver import compile_cached, compile_model, convert_model
 from qcc.compiler.options import CompileOptions
 from qcc.compiler.sizes import SizeFlags
+from qcc.compiler.source import checksum, stamp
 from qcc.runtime.errors import QccError
+
+from ..embeddings import BERT, save_embedding
 
 
 def manifest(folder):
@@ -66,4 +69,26 @@ def test_a_checkpoint_is_compiled_into_the_cache_once(checkpoint, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
     compile_cached(str(folder))
+    assert (out / "qcc.json").stat().st_mtime_ns != first
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}),
+        ("sentence_bert_config.json", {"max_seq_length": 20}),
+        ("config_sentence_transformers.json", {"prompts": {"query": "Find: "}}),
+    ],
+)
+def test_what_makes_a_vector_is_part_of_a_checkpoint(tmp_path, name, change):
+    """Pooling is in the library, lengths and prompts in the configuration: none may be old."""
+    folder = save_embedding(tmp_path / "model", "bert", BERT, "mean")
+    out = compile_cached(str(folder))
+    before = (checksum(folder), stamp(folder))
+    (folder / name).write_text(json.dumps(change))
+    assert checksum(folder) != before[0] and stamp(folder) != before[1]
+    with pytest.raises(QccError, match="holds an artifact with another checkpoint"):
+        compile_model(str(folder), out)
+    first = (out / "qcc.json").stat().st_mtime_ns
+    assert compile_cached(str(folder)) == out
     assert (out / "qcc.json").stat().st_mtime_ns != first
