@@ -5,8 +5,8 @@
   sentence_bert_config.json          the longest text, in tokens
   config_sentence_transformers.json  prompts by name, and what two vectors are compared by
 
-Any decoder may be one, and an encoder is nothing else. What is not read changes the vectors, so it
-is refused.
+A decoder whose layers keep no state may be one, and an encoder is nothing else. What is not read
+changes the vectors, so it is refused.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ TASKS = ("auto", "generation", "embedding")
 MODULES = "modules.json"
 # Our kind -> what Pooling's older files call it; the newer ones have one "pooling_mode".
 POOLINGS = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
+OLDER_KINDS = {"weight": "gamma", "bias": "beta"}  # of norms
 _NEWER = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 # A text is computed in one go, so each token of the window takes memory at once.
@@ -62,8 +63,11 @@ def embedding_facts(folder: Path, task: str, config: ModelConfig) -> EmbeddingFa
     both of length 1.
 
     Raises:
-        QccError: a step, a pooling or a value that is not implemented; an encoder asked for text.
+        QccError: a step, a pooling or a value that is not implemented; an encoder asked for text;
+            a task that is none of TASKS.
     """
+    if task not in TASKS:
+        raise QccError(f"task {shown(task)}: it must be one of {', '.join(TASKS)}")
     if task == "generation" and config.bidirectional:
         raise QccError(
             f"{folder}: {config.model_type} is an encoder: it writes no text; leave out "
@@ -110,7 +114,7 @@ def _pooling(folder: Path) -> PoolingConfig:
         )
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         raise QccError(
-            f"{path}: the steps are {', '.join(kinds) or 'none'}; they must be Transformer, "
+            f"{path}: the steps are {shown(kinds) if kinds else 'none'}; they must be Transformer, "
             "Pooling and, if any, Normalize"
         )
     if folders[0] or not folders[1].replace("_", "").isalnum():
@@ -131,7 +135,7 @@ def _pooling_kind(path: Path) -> str:
     found = {names.get(mode) if isinstance(mode, str) else None for mode in modes}
     if len(found) != 1 or None in found:
         raise QccError(
-            f"{path}: pooling {', '.join(map(str, modes)) or 'none'} is not implemented; "
+            f"{path}: pooling {shown(modes) if modes else 'none'} is not implemented; "
             "supported: one of cls, mean and lasttoken"
         )
     if raw.get("include_prompt") is False:
@@ -156,7 +160,7 @@ def _prompts(raw: dict[str, Any], folder: Path) -> tuple[dict[str, str], str | N
     texts = [*prompts, *prompts.values()] if isinstance(prompts, dict) else [None]
     if not all(isinstance(text, str) for text in texts):
         raise QccError(f"{where}: prompts must map names to texts")
-    if default is not None and default not in prompts:
+    if default is not None and not (isinstance(default, str) and default in prompts):
         raise QccError(f"{where}: default_prompt_name {shown(default)} is none of its prompts")
     return prompts, default
 
@@ -248,6 +252,30 @@ def without_prefix(
         return replace(found, sources=tuple(bare))
 
     return replace(architecture, source=source)
+
+
+def with_older_norms(architecture: Architecture, names: Collection[str]) -> Architecture:
+    """The architecture for a checkpoint whose norms have gamma and beta for weight and bias.
+
+    BERT's first files are such.
+    """
+    if not any(name.endswith(".gamma") for name in names):
+        return architecture
+    usual = architecture.source
+
+    def source(config: ModelConfig, name: str, shape: tuple[int, ...]) -> WeightSource:
+        found = usual(config, name, shape)
+        there = tuple(replace(s, name=_older(s.name, names)) for s in found.sources)
+        return replace(found, sources=there)
+
+    return replace(architecture, source=source)
+
+
+def _older(name: str, names: Collection[str]) -> str:
+    """A tensor's name, or the older one where the checkpoint has that instead."""
+    layer, _, kind = name.rpartition(".")
+    older = f"{layer}.{OLDER_KINDS.get(kind, kind)}"
+    return older if name not in names and older in names else name
 
 
 def refuse_text(folder: Path) -> None:

@@ -6,7 +6,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from qcc.compiler.config import ModelConfig, read_json
-from qcc.compiler.embedding import EmbeddingFacts, as_embedding, embedding_facts, without_prefix
+from qcc.compiler.embedding import (
+    EmbeddingFacts,
+    as_embedding,
+    embedding_facts,
+    with_older_norms,
+    without_prefix,
+)
 from qcc.compiler.models import find_architecture, is_headless
 from qcc.compiler.models.architecture import Architecture
 from qcc.runtime.errors import QccError
@@ -39,5 +45,5 @@ def read_model(
     if facts is not None:
         config = as_embedding(config, facts.pooling)
     if names is not None:
-        architecture = without_prefix(architecture, config, names)
+        architecture = with_older_norms(without_prefix(architecture, config, names), names)
     return architecture, config, facts

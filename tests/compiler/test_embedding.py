@@ -119,20 +119,29 @@ def test_what_a_model_is_for(folder: Make) -> None:
     ("files", "text"),
     [
         ({MODULES: steps("Transformer", "Pooling", "Dense")}, "step 'Dense' is not implemented"),
-        ({MODULES: steps("Pooling", "Transformer")}, "the steps are Pooling, Transformer; they"),
+        (
+            {MODULES: steps("Pooling", "Transformer")},
+            r"the steps are \['Pooling', 'Transformer'\]; they",
+        ),
         ({MODULES: []}, "the steps are none"),
+        ({MODULES: steps("Transformer", *["Pooling"] * 99)}, r"steps are .{57}\.\.\.; they must"),
         ({MODULES: {"a": 1}}, "modules.json: not a list of sentence-transformers' modules"),
         (
             {MODULES: [{**steps("Transformer")[0], "path": "x"}, steps("Pooling")[0]]},
             "the model must lie beside the file",
         ),
-        ({POOLING: {"pooling_mode_max_tokens": True}}, "pooling max_tokens is not implemented"),
+        (
+            {POOLING: {"pooling_mode_max_tokens": True}},
+            r"pooling \['max_tokens'\] is not implemented",
+        ),
         ({POOLING: {}}, "pooling none is not implemented"),
         (
             {POOLING: {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}},
-            "pooling cls_token, mean_tokens is not implemented; supported: one of",
+            r"pooling \['cls_token', 'mean_tokens'\] is not implemented; supported: one of",
         ),
-        ({POOLING: {"pooling_mode": "weightedmean"}}, "pooling weightedmean is not implemented"),
+        ({POOLING: {"pooling_mode": "weightedmean"}}, r"pooling \['weightedmean'\] is not"),
+        ({POOLING: {"pooling_mode": "a\nb"}}, r"pooling \['a\\nb'\] is not implemented"),
+        ({POOLING: {"pooling_mode": "a" * 100_000}}, r"pooling .{57}\.\.\. is not implemented"),
         ({POOLING: {"pooling_mode": {"a": 1}}}, "pooling .* is not implemented"),
         (
             {POOLING: {"pooling_mode_cls_token": True, "include_prompt": False}},
@@ -143,6 +152,10 @@ def test_what_a_model_is_for(folder: Make) -> None:
         ({USES: {"prompts": ["query"]}}, "prompts must map names to texts"),
         ({USES: {"prompts": {"query": 1}}}, "prompts must map names to texts"),
         ({USES: {"default_prompt_name": "query"}}, "default_prompt_name 'query' is none of its"),
+        (
+            {USES: {"prompts": {"a": ""}, "default_prompt_name": ["a"]}},
+            r"default_prompt_name \['a'\] is none of its prompts",
+        ),
         ({USES: {"similarity_fn_name": "angle"}}, "similarity_fn_name 'angle' is not supported"),
         ({USES: 3}, "config_sentence_transformers.json: not a JSON object"),
     ],
@@ -150,6 +163,11 @@ def test_what_a_model_is_for(folder: Make) -> None:
 def test_files_that_are_refused(folder: Make, files: Any, text: str) -> None:
     with pytest.raises(QccError, match=text):
         read_model(folder(QWEN3, {**USUAL, **files}))
+
+
+def test_tasks_that_are_none(folder: Make) -> None:
+    with pytest.raises(QccError, match="task 'generate': it must be one of auto, generation, emb"):
+        read_model(folder(QWEN3, {}), "generate")
 
 
 def test_pooling_file_is_missing(folder: Make) -> None:
