@@ -49,10 +49,9 @@ class Tokenizer:
         Raises:
             QccError: "" for a model without a BOS token; a tokenizer.json that does not fit itself.
         """
-        ids = self._encode(text, add_special_tokens=True)
-        adds = self.config.get("add_bos_token") is True
-        if self.bos_id is not None and (adds or not ids) and ids[:1] != [self.bos_id]:
-            ids = [self.bos_id, *ids]
+        ids = self._begun(text)
+        if not ids and self.bos_id is not None:
+            return [self.bos_id]
         if not ids:
             raise QccError("the prompt is empty, and the model has no BOS token to begin with")
         return ids
@@ -61,19 +60,28 @@ class Tokenizer:
         """At most `limit` tokens of a text, the special ones at its end among them; of how many.
 
         Raises:
-            QccError: as `encode`; no room for special tokens alone.
+            QccError: as `encode`, but for "" where EOS is added; no room for special tokens alone.
         """
-        ids = self._ended(self.encode(text))
+        ids = self._ended(self._begun(text)) or self.encode(text)
         count = len(ids)
         if count > limit:
+            own = count - len(self._encode(text, add_special_tokens=True))  # BOS, EOS from here
+            special = own + self.backend.num_special_tokens_to_add(False)
+            if special > limit:
+                raise QccError(f"a text has {special} special tokens, at most {limit} tokens fit")
             with _tokenizers_errors(f"{self.path}: a text does not cut to {limit} tokens"):
-                own = count - len(self._encode(text, add_special_tokens=True))  # BOS, EOS from here
                 self.backend.enable_truncation(limit - own)
                 try:
-                    ids = self._ended(self.encode(text))
+                    ids = self._ended(self._begun(text))
                 finally:
                     self.backend.no_truncation()
         return ids, count
+
+    def _begun(self, text: str) -> list[int]:
+        """The tokens with BOS, where tokenizer_config.json wants it and tokenizer.json lacks it."""
+        ids = self._encode(text, add_special_tokens=True)
+        adds = self.config.get("add_bos_token") is True and self.bos_id is not None
+        return [self.bos_id, *ids] if adds and ids[:1] != [self.bos_id] else ids
 
     def _ended(self, ids: list[int]) -> list[int]:
         """The tokens with EOS, where tokenizer_config.json wants it and tokenizer.json lacks it."""

@@ -123,8 +123,21 @@ def test_special_tokens_that_tokenizer_json_lacks(tmp_path: Path) -> None:
         plain = tokenizer.encode_rendered("abcdef")
         whole = [*before, *plain, *after]
         assert tokenizer.encode_within("abcdef", len(whole)) == (whole, len(whole))
-        cut = [*before, *plain[: 5 - len(before) - len(after)], *after]
-        assert tokenizer.encode_within("abcdef", 5) == (cut, len(whole))
+        special = len(before) + len(after)
+        for limit in range(max(special, 1), len(whole)):
+            cut = [*before, *plain[: limit - special], *after]
+            assert tokenizer.encode_within("abcdef", limit) == (cut, len(whole))
+        if special:
+            assert tokenizer.encode_within("", 5) == ([*before, *after], special)
+            with pytest.raises(QccError, match=f"a text has {special} special tokens, at most "):
+                tokenizer.encode_within("abcdef", special - 1)
+
+
+def test_special_tokens_of_tokenizer_json_alone(embedder: Embedder) -> None:
+    within = embedder.tokenizer.encode_within
+    assert within("abcdef", 2) == ([BEGIN, END], 8) and within("", 2) == ([BEGIN, END], 2)
+    with pytest.raises(QccError, match="a text has 2 special tokens, at most 1 tokens fit"):
+        within("abcdef", 1)
 
 
 def test_fewer_dimensions(embedder: Embedder) -> None:
