@@ -76,7 +76,7 @@ class MambaConfig:
 
     multipliers: tuple[float, ...] = (1.0,) * 5
     least_step: float = 0.0
-    largest_step: float = float("inf")
+    largest_step: float | None = None
     norm: str = ""
     out_bias: bool = False
     scales: tuple[float, ...] = (1.0,) * 5

@@ -21,6 +21,7 @@ from qcc.runtime.errors import QccError
 
 USUAL = sources()
 INFINITY = {"__float__": "Infinity"}  # as transformers 5 writes it
+LEAST, LARGEST = 1e-6, 1e30  # of factors: nothing overflows
 
 
 def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
@@ -82,7 +83,7 @@ def _sizes(reader: ConfigReader) -> DeltaConfig:
 def _mamba(reader: ConfigReader) -> MambaConfig:
     """Scales, norm and limits."""
     within = reader.number("ssm_in_multiplier", 1.0)
-    least, largest = _numbers(reader, "time_step_limit", (0.0, float("inf")), 0.0)
+    least, largest = _step_limits(reader)
     before = reader.flag("mamba_norm_before_gate", True)
     normed = reader.flag("mamba_rms_norm", False)
     names = ("ssm_out_multiplier", "attention_in_multiplier", "attention_out_multiplier")
@@ -99,22 +100,34 @@ def _mamba(reader: ConfigReader) -> MambaConfig:
     )
 
 
-def _numbers(
-    reader: ConfigReader, key: str, default: tuple[float, ...], least: float = 1e-6
-) -> tuple[float, ...]:
-    """As many numbers as the default has, none below `least`."""
+def _step_limits(reader: ConfigReader) -> tuple[float, float | None]:
+    """The smallest and the largest step; None: any."""
+    key = "time_step_limit"
+    found = reader.get(key, [0.0, INFINITY])
+    good = isinstance(found, list) and len(found) == 2 and _is_number(found[0], 0.0)
+    if good and found[1] in (INFINITY, float("inf")):
+        return float(found[0]), None
+    if not good or not _is_number(found[1], found[0]):
+        raise QccError(f"{reader.where}: {key} is {shown(found)}, it must be a range of numbers")
+    return float(found[0]), float(found[1])
+
+
+def _numbers(reader: ConfigReader, key: str, default: tuple[float, ...]) -> tuple[float, ...]:
+    """As many numbers as the default has."""
     found = reader.get(key, list(default))
-    if isinstance(found, list):
-        found = [float("inf") if each == INFINITY else each for each in found]
     if (
         not isinstance(found, list)
         or len(found) != len(default)
-        or any(type(each) not in (int, float) or not each >= least for each in found)
+        or not all(_is_number(each, LEAST) for each in found)
     ):
         raise QccError(
             f"{reader.where}: {key} is {shown(found)}, it must be {len(default)} positive numbers"
         )
     return tuple(float(each) for each in found)
+
+
+def _is_number(value: Any, least: float) -> bool:
+    return type(value) in (int, float) and least <= value < LARGEST
 
 
 class ScaledMLP(GatedMLP):

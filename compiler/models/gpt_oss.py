@@ -17,6 +17,7 @@ from qcc.compiler.models.decoder import CausalLM, DecoderLayer
 from qcc.compiler.models.experts import Act, Experts, MoE, Router, read_experts
 from qcc.compiler.models.reading import read_common, read_windows
 from qcc.compiler.weights.spec import SourceTensor
+from qcc.runtime.errors import QccError
 
 _YARN = {
     "rope_type": "yarn",
@@ -45,7 +46,7 @@ def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
         swiglu=(reader.number("swiglu_alpha", 1.702), reader.number("swiglu_limit", 7.0)),
         packed=packed and raw["quantization_config"].get("quant_method") == "mxfp4",
     )
-    return read_common(
+    config = read_common(
         reader,
         "gpt_oss",
         default_positions=131072,
@@ -59,6 +60,14 @@ def read_config(raw: dict[str, Any], where: str) -> ModelConfig:
         attention_sinks=True,
         **read_windows(reader, reader.optional("sliding_window", 128), lambda i: i % 2 == 0),
     )
+    group = config.num_attention_heads // config.num_key_value_heads
+    if group > config.head_dim:  # a head carries the log-sum-exps of its group
+        raise QccError(
+            f"{where}: num_attention_heads {config.num_attention_heads} are {group} for each of "
+            f"num_key_value_heads {config.num_key_value_heads}; with sinks at most head_dim "
+            f"{config.head_dim} are supported"
+        )
+    return config
 
 
 class SinkAttention(Attention):

@@ -77,7 +77,8 @@ class Mamba(nn.Module):  # type: ignore[misc]
                 rest = te.log(tirx.const(1, "float32") + te.exp(-te.abs(raw)))
                 dt = te.max(raw, tirx.const(0, "float32")) + rest
                 dt = te.max(dt, tirx.const(mamba.least_step, "float32"))
-                dt = te.min(dt, tirx.const(mamba.largest_step, "float32"))
+                if mamba.largest_step is not None:
+                    dt = te.min(dt, tirx.const(mamba.largest_step, "float32"))
                 decay = te.exp(-te.exp(a_log[head].astype("float32")) * dt)
                 return tirx.Select(at < heads, decay, dt)
 

@@ -39,7 +39,7 @@ def quantize(weights: Array, fmt: WeightFormat, _inputs: Inputs | None = None) -
 def search(weights: Array, fmt: WeightFormat, importance: Array | None) -> Quantized:
     """Codes and grid of f32[n, k]; `importance` f32[k] weighs the columns' errors, None: evenly."""
     if fmt.grid == "mxfp4":
-        return mxfp4.quantize(weights, fmt, True, importance)
+        return mxfp4.quantize(weights, fmt, True, _valued(importance, weights.shape[1]))
     return grid.nearest(weights, search_grid(weights, fmt, importance), fmt)
 
 
@@ -47,9 +47,7 @@ def search_grid(weights: Array, fmt: WeightFormat, importance: Array | None) -> 
     """The grid of `search`."""
     n, k = weights.shape
     size, groups = fmt.group_size(k), fmt.num_groups(k)
-    valued = np.ones((1, k), np.float32) if importance is None else importance[None].astype("f4")
-    # A column that no input reaches still has to be stored within the others' error.
-    valued = np.maximum(valued, 1e-3 * valued.mean() + np.float32(1e-30))
+    valued = _valued(importance, k)[None]
     h = np.pad(valued, ((0, 0), (0, groups * size - k))).reshape(1, groups, size)
     if fmt.group == "tensor":
         h = np.ascontiguousarray(np.broadcast_to(valued, (n, k)).reshape(1, 1, -1))
@@ -61,6 +59,13 @@ def search_grid(weights: Array, fmt: WeightFormat, importance: Array | None) -> 
             for at in range(0, n, rows)
         ]
     )
+
+
+def _valued(importance: Array | None, k: int) -> Array:
+    """f32[k], all above 0: a column that no input reaches is stored within the others' error."""
+    found = np.ones(k, np.float32) if importance is None else importance.astype(np.float32)
+    valued: Array = np.maximum(found, 1e-3 * found.mean() + np.float32(1e-30))
+    return valued
 
 
 def _groups(w: Array, h: Array, fmt: WeightFormat) -> Groups:

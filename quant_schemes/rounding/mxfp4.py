@@ -10,7 +10,7 @@ from qcc.quant_schemes.mxfp4 import EXPONENT_BIAS, LARGEST_EXPONENT, numbers, po
 from qcc.quant_schemes.packing import Array, Grid, Quantized
 
 TOP = 2  # exponent of the largest number, 6
-NEAR = (-1, 0, 1)  # exponents beside the standard's that a search tries
+NEAR = (0, -1, 1)  # beside the standard's exponent; of equal errors the first is taken
 ROWS = 1 << 20  # numbers of the rows that are searched at a time
 
 

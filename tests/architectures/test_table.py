@@ -30,7 +30,9 @@ def test_readme_lists_all_architectures() -> None:
     _, inside, _ = table.between((table.ROOT / "README.md").read_text(encoding="utf-8"))
     header, _, *rows = [line.split(" | ") for line in inside.splitlines() if line.startswith("|")]
     assert header == ["| model", "checkpoints", "original", *table.TARGETS[:-1], "metal |"]
-    assert [row[0].removeprefix("| ") for row in rows] == sorted(architectures())
+    found = {row[0].removeprefix("| "): row[1] for row in rows}
+    assert list(found) == sorted(architectures())
+    assert found == {name: each.description for name, each in architectures().items()}
     columns = zip(*(row[3:] for row in rows), strict=True)
     for target, column in zip(table.TARGETS, columns, strict=True):
         shown = {text.removesuffix(" |") for text in column}

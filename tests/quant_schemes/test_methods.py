@@ -230,3 +230,13 @@ def test_mxfp4_is_the_standards() -> None:
     distance = np.abs(np.abs(rows / unit)[..., None] - sizes)
     np.testing.assert_array_equal(found.codes % 8, distance.argmin(axis=2))
     np.testing.assert_array_equal(found.codes > 7, rows < 0)
+
+
+def test_mxfp4_keeps_columns_that_no_input_reaches() -> None:
+    """A group of them is stored as if all counted; of one among others the range is not cut."""
+    w = normal(20, 96)
+    dead = np.ones(96, np.float32)
+    dead[32:64] = 0
+    inputs = Inputs(400, dead, dead, np.eye(96, dtype=np.float32))
+    even, weighed = (made(name, w, mxfp4("float32"), inputs) for name in ("mse", "imse"))
+    np.testing.assert_array_equal(weighed, even)

@@ -1,10 +1,10 @@
-"""The scans of a gated delta network, vectorized over channels and columns of the states.
+"""The scans of gated delta networks and of Mamba, vectorized over channels and columns of the states.
 
 compiler/models/delta_rule.py says what they compute. A column of a head's state needs no other
 column, so a thread takes a block of columns through all tokens of a sequence: 128 rows of 64
 numbers stay in its first cache, copied side by side, as rows of a state would use half of its sets.
-Each token reads the block twice: for what the state knows of the key, then to change it and answer
-the query.
+Each token reads the block twice where the state is corrected: for what it knows of the key, then to
+change it and answer the query.
 """
 
 from __future__ import annotations

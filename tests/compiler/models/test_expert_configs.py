@@ -9,6 +9,7 @@ import pytest
 from qcc.compiler.config import ExpertsConfig
 from qcc.compiler.models import find_architecture
 from qcc.runtime.errors import QccError
+from qcc.tutorials.published_shapes import SHAPES
 
 _SIZES = {
     "hidden_act": "silu", "attention_dropout": 0.0, "output_router_logits": False,
@@ -46,8 +47,9 @@ OLMOE = {
     "num_experts_per_tok": 8, "num_hidden_layers": 16, "num_key_value_heads": 16,
     "rope_scaling": None, "router_aux_loss_coef": 0.01, "vocab_size": 50304,
 }  # fmt: skip
-ALL = [MIXTRAL, QWEN2, QWEN3, OLMOE]
-IDS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"]
+GPT_OSS = SHAPES["gpt-oss-20b"]
+ALL = [MIXTRAL, QWEN2, QWEN3, OLMOE, GPT_OSS]
+IDS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss"]
 
 
 def read(raw: dict[str, Any]) -> Any:
@@ -60,8 +62,11 @@ def test_released_mixtures() -> None:
         ExpertsConfig(60, 4, 1408, normalized=False, shared_size=5632),
         ExpertsConfig(128, 8, 768, normalized=True),
         ExpertsConfig(64, 8, 1024, normalized=False),
+        ExpertsConfig(32, 4, 2880, normalized=True, swiglu=(1.702, 7.0)),
     ]
-    assert all(read(raw).sliding_window is None and not read(raw).windowed for raw in ALL)
+    assert all(read(raw).sliding_window is None for raw in ALL)
+    windowed = [sum(read(raw).windowed) for raw in ALL]
+    assert windowed == [0, 0, 0, 0, 12] and read(GPT_OSS).layer_window == 128
 
 
 def test_what_transformers_5_writes() -> None:
@@ -106,6 +111,7 @@ def used_of(fields: dict[str, Any]) -> dict[str, Any]:
         (QWEN2, {"num_experts": 10**9}, "num_experts is 1000000000, .* <= 4096"),
         (QWEN2, {"decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
         (MIXTRAL, {"moe_intermediate_size": 7}, "unknown key 'moe_intermediate_size'"),
+        (GPT_OSS, {"num_key_value_heads": 1, "head_dim": 32}, "at most head_dim 32 are supported"),
     ],
 )
 def test_refused(raw: dict[str, Any], fields: dict[str, Any], words: str) -> None:

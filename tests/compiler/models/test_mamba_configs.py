@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,7 @@ def test_defaults_that_follow_from_others() -> None:
 def test_a_step_without_a_limit(text: str) -> None:
     """As transformers 5 writes it, and as older ones did."""
     found = read({**FALCON, "time_step_limit": json.loads(text)})
-    assert found == read(FALCON) and math.isinf(found.mamba.largest_step)
+    assert found == read(FALCON) and found.mamba.largest_step is None
 
 
 def test_rows_in_our_order() -> None:
@@ -91,7 +90,10 @@ def test_rows_in_our_order() -> None:
         ({"mamba_use_mlp": False}, "mamba_use_mlp False is not supported"),
         ({"ssm_multipliers": [1.0] * 4}, "ssm_multipliers is .*, it must be 5 positive numbers"),
         ({"mlp_multipliers": [1.0, -1]}, "mlp_multipliers is .*, it must be 2 positive numbers"),
-        ({"time_step_limit": 3}, "time_step_limit is 3, it must be 2 positive numbers"),
+        ({"ssm_multipliers": [10**400, 1, 1, 1, 1]}, "it must be 5 positive numbers"),
+        ({"mlp_multipliers": [float("inf"), 1]}, "it must be 2 positive numbers"),
+        ({"time_step_limit": 3}, "time_step_limit is 3, it must be a range of numbers"),
+        ({"time_step_limit": [5, 1]}, "time_step_limit is .5, 1., it must be a range of numbers"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"mamba_d_sate": 3}, "unknown key 'mamba_d_sate' = 3 .did you mean 'mamba_d_state'"),
     ],
