@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from qcc.compiler.cli._running import text_lines
 from qcc.compiler.reference import Original, import_transformers
 from qcc.compiler.source import locate
 from qcc.runtime.engine.embedder import Embedder, similarities, unit
@@ -89,7 +90,7 @@ def agreement(
         raise QccError("an embedding model is measured against its original: --against MODEL")
     if options.reference == "qcc":
         raise QccError("--reference qcc: not for embedding models; transformers is")
-    lines = [line for line in read_text(text).content.splitlines() if line.strip()][:MAX_TEXTS]
+    lines = text_lines(read_text(text).content)[:MAX_TEXTS]
     if not lines:
         raise QccError(f"{text}: no text in it; each line is one")
     original = Original(locate(options.against, options.allow_pickle), options.allow_pickle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -47,6 +48,15 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of prompt and answer (default: as compiled); less takes less memory",
     )
+
+
+def text_lines(text: str) -> list[str]:
+    """The texts of a file, one a line, without its byte order mark; blank lines are left out.
+
+    Other signs that break lines for Unicode, as U+2028 and form feed, belong to their text.
+    """
+    lines = io.StringIO(text.removeprefix("\ufeff"), newline=None).read().split("\n")
+    return [line for line in lines if line.strip()]
 
 
 def artifact_folder(model: str) -> Path:

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcc.compiler.cli._running import artifact_folder, shown_progress
+from qcc.compiler.cli._running import artifact_folder, shown_progress, text_lines
 from qcc.runtime.errors import QccError
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("texts", metavar="TEXT", nargs="*", default=[], help="a text")
     parser.add_argument(
-        "--file", metavar="LINES", default=None, help="a text on each line; -: standard input"
+        "--file",
+        metavar="LINES",
+        default=None,
+        help="a text on each line, blank lines left out; -: standard input",
     )
     parser.add_argument(
         "--prompt",
@@ -116,12 +119,11 @@ def read_texts(args: argparse.Namespace) -> list[str]:
     if args.file is not None:
         try:
             raw = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
-            lines = raw.decode("utf-8").splitlines()
+            texts += text_lines(raw.decode("utf-8"))
         except UnicodeDecodeError as err:
             raise QccError(f"--file {args.file}: not UTF-8 text: {err.reason}") from err
         except OSError as err:
             raise QccError(f"--file {args.file}: cannot read: {err.strerror}") from err
-        texts += [line for line in lines if line.strip()]
     if not texts:
         raise QccError("no text: give TEXT ..., or --file LINES")
     return texts
