@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--eval",
         metavar="TEXT",
         default=None,
-        help="measure the artifact on a text, against MODEL, and keep the report in it (qcc show)",
+        help="measure the artifact on a text, against MODEL, and keep the report in it (qcc show); "
+        "of an embedding model: compare its vectors of each line, and keep nothing",
     )
     parser.add_argument("--dump-ir", metavar="DIR", default=None, help="write the IR of every pass")
 
@@ -61,7 +62,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         default="auto",
         choices=["auto", "generation", "embedding"],
-        help="what the model is for; auto: embedding for encoders, and where modules.json is there "
+        help="what the model is for; auto: embedding for encoders, for classes without a head, as "
+        "MistralModel, and where modules.json is there "
         "(default: auto)",
     )
     add_scheme_arguments(parser)
@@ -151,8 +153,9 @@ def run(args: argparse.Namespace) -> int:
         dump_ir=Path(args.dump_ir) if args.dump_ir else None,
     )
     steps = Steps()
-    if args.eval:
-        read_text(args.eval)  # a compile takes long: what is wrong with the text shall come first
+    if args.eval:  # a compile takes long: what is wrong with this shall come first
+        read_text(args.eval)
+        _check_eval(args)
     out = compile_model(args.model, Path(args.output), options, steps)
     if args.eval:
         measure(out, args, steps)
@@ -162,8 +165,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_eval(args: argparse.Namespace) -> None:
+    """Refuse --eval where it would fail behind the compile."""
+    from qcc.compiler.read_model import read_model
+    from qcc.compiler.source import locate
+    from qcc.runtime.errors import QccError
+
+    if not args.lora:
+        return
+    *_, embedding = read_model(locate(args.model, args.allow_pickle), args.task)
+    if embedding is not None:
+        raise QccError("--eval of an embedding model with --lora is not implemented")
+
+
 def measure(out: Path, args: argparse.Namespace, steps: Steps) -> None:
-    """Evaluate an artifact against the model it was made of; print and keep the report."""
+    """Evaluate an artifact against the model it was made of; print the report.
+
+    The artifact keeps it, but for an embedding model's.
+    """
     from pathlib import Path
 
     from qcc.compiler.cli._embeddings import agreement, are_embeddings, show

@@ -79,6 +79,10 @@ def test_texts_of_a_file(
     file.write_text("eins\n\n  \nzwölf Boxkämpfer\r\n", encoding="utf-8")
     found = json.loads(cli("embed", folder, "null", "--file", file, "--json").out)
     assert found["texts"] == ["null", "eins", "zwölf Boxkämpfer"]
+    odd = ["a\u2028b", "c\x85d", "e\x0cf", "g"]
+    file.write_bytes("\ufeffa\u2028b\nc\x85d\r\ne\x0cf\rg".encode())
+    found = json.loads(cli("embed", folder, "--file", file, "--json").out)
+    assert found["texts"] == odd
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"a\nb\n")))
     assert json.loads(cli("embed", folder, "--file", "-", "--json").out)["texts"] == ["a", "b"]
 
@@ -136,7 +140,7 @@ def test_eval_of_vectors(cli: Any, folder: Path, source: Path, tmp_path: Path) -
     from qcc.runtime import Embedder
 
     lines = tmp_path / "lines.txt"
-    lines.write_text("\n\n".join(TEXTS[:3]), encoding="utf-8")
+    lines.write_text("\ufeff" + "\n\n".join(TEXTS[:3]), encoding="utf-8")
     words = ("eval", folder, "--against", source, "--text", lines)
     found = json.loads(cli(*words, "--json").out)
     (row,) = found["artifacts"]
@@ -178,3 +182,6 @@ def test_compile_measures(cli: Any, source: Path, tmp_path: Path) -> None:
     lines.write_text("a cat\na dog\n", encoding="utf-8")
     ran = cli("compile", source, "--quant", "q4f16_1", "--eval", lines, "-o", out)
     assert ran.status == 0 and "q4f16_1: cosine with the original 0.9" in ran.out
+    words = ("compile", source, "--eval", lines, "--lora", tmp_path, "-o", tmp_path / "none")
+    assert "--eval of an embedding model with --lora is not implemented" in cli(*words).error()
+    assert not (tmp_path / "none").exists()
