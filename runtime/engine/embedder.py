@@ -28,13 +28,11 @@ LEAST_LENGTH = 1e-12  # of a vector that is made one of length 1
 
 @dataclass(frozen=True)
 class Usage:
-    """What mlc-chat-config.json says under `embedding`: prompts, and how vectors compare."""
+    """What mlc-chat-config.json says of texts under `embedding`: their prompts, their case."""
 
     prompts: dict[str, str]
     default_prompt: str | None
     lower_case: bool
-    normalized: bool
-    similarity: str
 
     @classmethod
     def of(cls, artifact: Artifact) -> Usage:
@@ -55,8 +53,6 @@ class Usage:
                 {str(name): str(text) for name, text in found["prompts"].items()},
                 None if default is None else str(default),
                 bool(found["lower_case"]),
-                bool(found["normalized"]),
-                str(found["similarity"]),
             )
         except (AttributeError, KeyError, TypeError) as err:
             raise QccError(
