@@ -80,8 +80,10 @@ class Tokenizer:
     def _begun(self, text: str) -> list[int]:
         """The tokens with BOS, where tokenizer_config.json wants it and tokenizer.json lacks it."""
         ids = self._encode(text, add_special_tokens=True)
-        adds = self.config.get("add_bos_token") is True and self.bos_id is not None
-        return [self.bos_id, *ids] if adds and ids[:1] != [self.bos_id] else ids
+        adds = self.config.get("add_bos_token") is True
+        if self.bos_id is not None and adds and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids
 
     def _ended(self, ids: list[int]) -> list[int]:
         """The tokens with EOS, where tokenizer_config.json wants it and tokenizer.json lacks it."""
