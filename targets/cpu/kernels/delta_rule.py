@@ -1,4 +1,4 @@
-"""The scans of gated delta networks and of Mamba, vectorized over channels and columns of the states.
+"""The scans of gated delta networks and of Mamba, vectorized over channels and columns of states.
 
 compiler/models/delta_rule.py says what they compute. A column of a head's state needs no other
 column, so a thread takes a block of columns through all tokens of a sequence: 128 rows of 64
