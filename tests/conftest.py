@@ -154,7 +154,7 @@ def randomize(model: Any, seed: int) -> None:
                 tensor.copy_(1 + 0.2 * normal)
 
 
-def _steepen(model: Any) -> None:
+def _steepen(model: Any, largest: float) -> None:
     """Scale the head where logits are too flat to show mistakes, or so large that f32 makes some.
 
     Some architectures multiply or divide them, and not all have a norm before the head.
@@ -165,7 +165,7 @@ def _steepen(model: Any) -> None:
     ids = torch.arange(3, 67).remainder(vocabulary)[None]
     with torch.no_grad():
         most = float(model(ids, use_cache=False).logits.abs().max())
-        if not 4.5 < most < 20:
+        if not 4.5 < most < largest:
             model.get_output_embeddings().weight.mul_(6 / most)
 
 
@@ -174,15 +174,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """checkpoint(model_type, **fields of config.json): a tiny random f32 one, by transformers.
 
     The fields change those of SHAPES; `whole=True`: they are all that differs from transformers'.
-    With a vision_config it is a model that sees.
+    With a vision_config it is a model that sees. Logits above `largest` are scaled down.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     made: dict[str, Path] = {}
 
-    def make(arch: str, whole: bool = False, **overrides: Any) -> Path:
-        key = json.dumps([arch, whole, overrides], sort_keys=True)
+    def make(arch: str, whole: bool = False, largest: float = 30, **overrides: Any) -> Path:
+        key = json.dumps([arch, whole, largest, overrides], sort_keys=True)
         if key not in made:
             shape = {} if whole else SHAPES[arch]
             fields = {"bos_token_id": 1, "eos_token_id": 2, **shape, **overrides}
@@ -195,7 +195,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             )
             model = kind.from_config(config, dtype=torch.float32)
             randomize(model, seed=0)
-            _steepen(model)
+            _steepen(model, largest)
             folder = tmp_path_factory.mktemp(arch)
             model.save_pretrained(folder)
             write_tokenizer(folder)

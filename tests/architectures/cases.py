@@ -57,7 +57,7 @@ class Case:
     module tests/reference/<reference>.py, to whose config() `config` goes. Texts have `count`
     tokens, and the prompts of a batch `lengths`, two of them longer than the windows. `sizes` are
     those of the library, as SizeFlags names them. `quantized` is False where another case of the
-    same architecture has the same weights to quantize.
+    same architecture has the same weights to quantize. Logits above `largest` are scaled down.
     """
 
     name: str
@@ -69,6 +69,7 @@ class Case:
     base: Mapping[str, Any] = field(default_factory=lambda: TINY)
     reference: str | None = None
     quantized: bool = True
+    largest: float = 30
     marks: tuple[pytest.MarkDecorator, ...] = ()
 
     @property
@@ -275,7 +276,9 @@ CASES = [
             "moe_intermediate_size": 44, "norm_topk_prob": True, "decoder_sparse_step": 2,
         },
     ),
-    Case("qwen3_5", "qwen3_5_text", DELTA),
+    # The rounding of f32 grows within states: at logits of 25 transformers itself is 8e-4 off f64
+    # for qwen3_next; for qwen3_5 with 4 bits 7e-5, and qcc 2e-4.
+    Case("qwen3_5", "qwen3_5_text", DELTA, largest=20),
     Case(
         "qwen3_5-eye", "qwen3_5",
         {
@@ -327,6 +330,7 @@ CASES = [
             **DELTA, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 44,
             "shared_expert_intermediate_size": 52, "mlp_only_layers": [1],
         },
+        largest=20,
     ),
     Case(
         "olmoe", "olmoe",

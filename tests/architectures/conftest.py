@@ -66,7 +66,7 @@ def original(case: Case, request: Any, tmp_path_factory: pytest.TempPathFactory)
     if case.reference is not None:
         return _referenced(request.getfixturevalue("reference")(case.reference, **case.config))
     make, load, run = map(request.getfixturevalue, ("checkpoint", "hugging_face", "logits_of"))
-    folder: Path = make(case.model_type, whole=True, **case.fields)
+    folder: Path = make(case.model_type, whole=True, largest=case.largest, **case.fields)
 
     def with_weights(weights: dict[str, Any]) -> Logits:
         """transformers reads them from a copy of the folder, as it reads any checkpoint."""
