@@ -276,8 +276,8 @@ CASES = [
             "moe_intermediate_size": 44, "norm_topk_prob": True, "decoder_sparse_step": 2,
         },
     ),
-    # At logits of 25 f32's rounding is seen in single positions: of qwen3_next transformers itself is
-    # 8e-4 off f64; of qwen3_5 in 4 bits qcc is 2e-4 off at most, 1.2e-5 rms (transformers 1.0e-5).
+    # At logits of 25 f32's rounding shows in single positions: of qwen3_next transformers itself
+    # is 8e-4 off f64; of qwen3_5 in 4 bits qcc is 2e-4 off at most, rms 1.2e-5 (its own 1.0e-5).
     Case("qwen3_5", "qwen3_5_text", DELTA, largest=20),
     Case(
         "qwen3_5-eye", "qwen3_5",
