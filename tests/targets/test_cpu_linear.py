@@ -20,7 +20,7 @@ from qcc.quant_schemes.format import (
     WeightFormat,
     mxfp4,
 )
-from qcc.quant_schemes.packing import in_layout, unpack_stream
+from qcc.quant_schemes.packing import in_layout, unpack, unpack_stream
 from qcc.targets.cpu.isa import AVX512, Isa, isa_of
 from qcc.targets.cpu.kernels import layout
 from qcc.targets.cpu.kernels.gemm import gemm
@@ -180,9 +180,31 @@ def test_layout(processor: str, fmt: WeightFormat) -> None:
         if flat.dtype == np.uint8:
             bits = fmt.bits if fmt.grid == "zero_point" else fmt.scale_bits
             rows = unpack_stream(rows, bits or 0, fmt.num_groups(k))
-        assert lanes == isa.lanes and blocks % isa.tile_n == 0 and columns == rows.shape[1]
+        assert lanes == isa.lanes and blocks % isa.tile_n == 0
+        if part is parts[0] and not fmt.is_float:
+            assert columns == -(-k // 32) * fmt.bits
+            np.testing.assert_array_equal(
+                plane_codes(flat[:n], fmt.bits, k), unpack(part, fmt, n, k)
+            )
+            assert not flat[n:].any()
+            continue
+        assert columns == rows.shape[1]
         np.testing.assert_array_equal(flat[:n], np.broadcast_to(rows, (n, columns)))
         assert not flat[n:].any()
+
+
+def plane_codes(words: Any, bits: int, k: int) -> Any:
+    """uint32[n, words] in planes -> codes uint8[n, k]: bytes of a plane are fields of quads."""
+    codes = np.zeros((len(words), k + -k % 32), np.uint8)
+    for unit in range(codes.shape[1] // 32):
+        data, low = words[:, unit * bits : (unit + 1) * bits].copy().view(np.uint8), 0
+        for width in {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(bits, (bits,)):
+            for column in range(32):
+                quad, byte = divmod(column, 4)
+                found = data[:, 4 * (quad * width // 8) + byte] >> (quad * width % 8)
+                codes[:, unit * 32 + column] |= (found & (2**width - 1)) << low
+            data, low = data[:, 4 * width :], low + width
+    return codes[:, :k]
 
 
 def every_format() -> list[WeightFormat]:

@@ -11,6 +11,7 @@ from tvm.tirx.script.builder import ir as T
 from qcc.quant_schemes import mxfp4
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
+from qcc.targets.cpu.kernels.planes import fields
 from qcc.targets.cpu.kernels.tir import splat
 
 TWO_23_BITS = 0x4B000000  # of 2^23 in f32, whose low bits count ones
@@ -24,43 +25,50 @@ def float_vector(isa: Isa, fmt: WeightFormat, loaded: Any) -> Any:
     return T.cast(loaded, vector(isa, "float32")) if fmt.dtype != "float32" else loaded
 
 
-def position(index: int, bits: int, sparse: bool = False) -> tuple[int, int]:
-    """(word, first bit in it) of code `index` of a row of words."""
-    if sparse:
-        word, element = divmod(index, 32 // bits)
-        return word, element * bits
-    return divmod(index * bits, 32)
+def bits_at(isa: Isa, word: Any, shift: int, mask: int | None) -> Any:
+    """A word (uint32 vector) shifted right (a negative shift: left) and masked in each lane."""
+    if shift:
+        amount = splat(T.uint32(abs(shift)), isa.lanes)
+        word = word >> amount if shift > 0 else word << amount
+    return word if mask is None else word & splat(T.uint32(mask), isa.lanes)
 
 
-def shifted_words(isa: Isa, word: Callable[[int], Any], at: tuple[int, int], bits: int) -> Any:
-    """uint32 vector whose low `bits` are the code that begins at (word, bit) `at` in each lane."""
-    first, shift = at
-    if shift + bits > 32:
-        # The code goes on in the next word.
-        amount = splat(T.uint32(shift), isa.lanes)
-        vtype = vector(isa, "uint32")
-        return T.call_llvm_pure_intrin(vtype, "llvm.fshr", word(first + 1), word(first), amount)
-    return word(first) >> splat(T.uint32(shift), isa.lanes) if shift else word(first)
+def stream_code(isa: Isa, word: Callable[[int], Any], index: int, bits: int) -> Any:
+    """uint32 vector of code `index` of a dense stream; word: number -> uint32 vector.
+
+    The code lies within a word.
+    """
+    first, shift = divmod(index * bits, 32)
+    assert shift + bits <= 32, f"code {index} of {bits} bits goes on in the next word"
+    return bits_at(isa, word(first), shift, None if shift + bits == 32 else 2**bits - 1)
 
 
-def code_vector(
-    isa: Isa, word: Callable[[int], Any], at: tuple[int, int], bits: int, zero: int
-) -> Any:
-    """(q - zero) in f32 of the code that begins at (word, bit) `at` in each lane.
+def plane_code(isa: Isa, word: Callable[[int], Any], column: int, bits: int) -> tuple[Any, bool]:
+    """(uint32 vector whose low `bits` are the code of a column, whether the others are 0)."""
+    first, *more = fields(column, bits)
+    if not more:
+        return bits_at(isa, word(first.word), first.shift, None), first.shift + bits == 32
+    code = bits_at(isa, word(first.word), first.shift, 2**first.bits - 1)
+    for field in more:
+        mask = (2**field.bits - 1) << field.low
+        code = code | bits_at(isa, word(field.word), field.shift - field.low, mask)
+    return code, True
+
+
+def code_number(isa: Isa, code: Any, clean: bool, bits: int, zero: int) -> Any:
+    """(q - zero) in f32 of the codes in each lane's low bits; `clean`: the others are 0.
 
     Args:
         isa: of the kernel.
-        word: number of a word -> uint32 vector, one word a lane.
-        at: from `position`.
+        code: uint32 vector.
+        clean: as `plane_code` says.
         bits: of a code.
         zero: the code that stands for 0.
     """
-    shift, shifted = at[1], shifted_words(isa, word, at, bits)
     if bits <= isa.table_bits:
-        return _lookup(isa, bits, range(-zero, 2**bits - zero), shifted)
-    code = shifted
-    if shift + bits != 32:
-        code = shifted & splat(T.uint32(2**bits - 1), isa.lanes)
+        return _lookup(isa, bits, range(-zero, 2**bits - zero), code)
+    if not clean:
+        code = code & splat(T.uint32(2**bits - 1), isa.lanes)
     if zero and isa.lanes == 16:
         # 2^23 + q: AVX-512 takes one vpternlogd for this and the mask, instead of a conversion.
         big = T.reinterpret(vector(isa, "float32"), code | splat(T.uint32(TWO_23_BITS), isa.lanes))

@@ -5,7 +5,7 @@ Here (lanes L):      [n', columns, L]
 with row = block * L + lane and n' = ceil(n / L) rounded up to whole GEMM panels, padded with 0. So
 one aligned vector load takes one word (or number) of L rows. Of a weight of several experts, one
 below the other, each expert's n rows lie so: [experts * n', columns, L]. The columns of each part:
-    q_weight                     the stored words
+    q_weight                     words of planes (planes.py), ceil(k / 32) * bits of them
     q_scale, q_bias, q_block_*   the stored numbers; one scale of a tensor is repeated for each row
     streams of group codes       uint8 codes (q_zero, two-level q_scale and q_bias), except
         `streamed` ones          the stored words, where a step of the kernels ends at a word's end
@@ -14,14 +14,19 @@ Numbers stay f16 or f32; bf16 numbers become f32, and bf16 weights travel as bit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from tvm import te, tirx
+from tvm.tirx.script.builder import ir as T
 
 from qcc.quant_schemes.attributes import REPACK, ROLE
-from qcc.quant_schemes.format import WeightFormat
+from qcc.quant_schemes.format import UNIT, WeightFormat
 from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels.decode import code_scalar
+from qcc.targets.cpu.kernels.planes import row_words, words_of_codes
+from qcc.targets.cpu.kernels.tir import i64, kernel, parallel, serial
 
 STREAMED_GROUP = 16  # columns of the widest group whose 4-bit scale codes are read from words
 
@@ -50,7 +55,9 @@ def packed_parts(
     found = []
     for part in fmt.stored(n, k):
         columns, dtype = part.shape[0] if _transposed(fmt) else part.shape[1], part.dtype
-        if _code_bits(fmt, part.suffix) and not streamed(fmt):
+        if part.suffix == "q_weight":
+            columns = row_words(k, fmt.bits)
+        elif _code_bits(fmt, part.suffix) and not streamed(fmt):
             columns, dtype = fmt.num_groups(k), "uint8"
         if dtype == "bfloat16":
             dtype = "uint16" if part.suffix == "weight" else "float32"
@@ -72,18 +79,16 @@ def repack_func(
     """
     stored = fmt.stored(experts * n, k)[part]
     _, shape, dtype = packed_parts(fmt, n, k, isa, experts)[part]
+    if stored.suffix == "q_weight":
+        return _repack_codes(fmt, n, k, isa, experts)
     source = te.placeholder(
         [tirx.IntImm("int64", d) for d in stored.shape], stored.dtype, name=stored.suffix
     )
     rows = stored.shape[1] if _transposed(fmt) else stored.shape[0]
 
     def element(block: tirx.Var, column: tirx.Var, lane: tirx.Var) -> tirx.Expr:
-        row, first = block * isa.lanes + lane, 0
-        if experts > 1:
-            blocks = row_blocks(n, isa)
-            row = tirx.floormod(block, blocks) * isa.lanes + lane
-            first = tirx.floordiv(block, blocks) * n
-        inside = tirx.min(first + row, tirx.IntImm("int64", rows - 1))
+        row, first = _row_of(n, isa, experts, block, lane)
+        inside = tirx.min(first + row, i64(rows - 1))
 
         def at(index: tirx.Expr) -> tirx.Expr:
             return source[index, inside] if _transposed(fmt) else source[inside, index]
@@ -102,6 +107,55 @@ def repack_func(
 
     out = te.compute([tirx.IntImm("int64", d) for d in shape], element, name="repack")
     return te.create_prim_func([source, out]).without_attr("global_symbol").with_attr(ROLE, REPACK)
+
+
+def _row_of(n: int, isa: Isa, experts: int, block: Any, lane: Any) -> tuple[Any, Any]:
+    """(row of its expert's matrix, first row of that) of a lane of a block."""
+    if experts == 1:
+        return block * isa.lanes + lane, i64(0)
+    blocks = row_blocks(n, isa)
+    row = tirx.floormod(block, blocks) * isa.lanes + lane
+    return row, tirx.floordiv(block, blocks) * n
+
+
+def _repack_codes(fmt: WeightFormat, n: int, k: int, isa: Isa, experts: int) -> tirx.PrimFunc:
+    """Stored words -> planes, a unit of columns at a time: shifts are constants but for words
+    that hold whole codes only."""
+    (part, *_), (_, shape, dtype) = fmt.stored(experts * n, k), packed_parts(fmt, n, k, isa)[0]
+    blocks, words, lanes = experts * shape[0], fmt.num_words(k), isa.lanes
+
+    def body(stored: Any, out: Any) -> None:
+        with parallel(blocks) as block:
+            with serial(-(-k // UNIT)) as unit, serial(lanes) as lane:
+                row, first = _row_of(n, isa, experts, block, lane)
+                exists = row < n
+
+                def word(index: Any) -> Any:
+                    inside = tirx.all(exists, index < words)
+                    at = (first + row, index)
+                    value = stored[at if fmt.layout == "NK" else at[::-1]]
+                    return tirx.if_then_else(inside, value, tirx.const(0, "uint32"))
+
+                for i, value in enumerate(words_of_codes(_unit_codes(fmt, word, unit), fmt.bits)):
+                    T.buffer_store(out, value, [block, unit * fmt.bits + i, lane])
+
+    args = [("stored", part.shape, "uint32"), ("repack", (blocks, *shape[1:]), dtype)]
+    return kernel("repack", args, body, {ROLE: REPACK})
+
+
+def _unit_codes(fmt: WeightFormat, word: Callable[[Any], Any], unit: Any) -> list[Any]:
+    """The UNIT codes, uint32, of a unit of stored words."""
+    if fmt.sparse_words:
+        return [code_scalar(word, unit * UNIT + i, fmt.bits, sparse=True) for i in range(UNIT)]
+    own = [T.bind(word(unit * fmt.bits + i)) for i in range(fmt.bits)]
+    codes = []
+    for column in range(UNIT):
+        at, shift = divmod(column * fmt.bits, 32)
+        code = own[at] >> tirx.const(shift, "uint32") if shift else own[at]
+        if shift + fmt.bits > 32:
+            code = code | (own[at + 1] << tirx.const(32 - shift, "uint32"))
+        codes.append(code & tirx.const(2**fmt.bits - 1, "uint32"))
+    return codes
 
 
 @cache

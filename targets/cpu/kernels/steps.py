@@ -19,19 +19,20 @@ from qcc.quant_schemes import mxfp4
 from qcc.quant_schemes.format import BLOCK, UNIT, WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels.decode import (
+    code_number,
     code_scalar,
-    code_vector,
     float_vector,
     fp4_vector,
-    position,
-    shifted_words,
+    plane_code,
+    stream_code,
 )
 from qcc.targets.cpu.kernels.layout import streamed
+from qcc.targets.cpu.kernels.planes import code_of_words
 from qcc.targets.cpu.kernels.tir import fma, lanes_from, splat
 
 UNROLL = 128  # columns of the widest segment
 MAX_STEP = 160  # columns of the longest step: five groups of 32, four of 40
-MIN_STEP = 32  # columns of the shortest
+FLOAT_STEP = 32  # columns of a step of floating numbers
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,14 @@ class Steps:
 def steps_of(fmt: WeightFormat, k: int) -> Steps:
     """The steps of a row of k columns."""
     if fmt.is_float:
-        return Steps(MIN_STEP, MIN_STEP)
+        return Steps(FLOAT_STEP, FLOAT_STEP)
     group = fmt.group_size(k)
-    if fmt.sparse_words:
-        return Steps(group, group)
-    whole_words = UNIT // gcd(fmt.bits, UNIT)
-    if streamed(fmt):
-        whole_words = lcm(whole_words, 8 * group)
+    whole = lcm(UNIT, 8 * group) if streamed(fmt) else UNIT
     segment = group if group <= UNROLL else gcd(group, UNROLL)
-    step = lcm(segment, whole_words)
+    step = lcm(segment, whole)
     if step > MAX_STEP:
         segment = gcd(group, UNIT)
-        step = lcm(segment, whole_words)
-    while step < MIN_STEP:
-        step *= 2
+        step = lcm(segment, whole)
     return Steps(step, segment)
 
 
@@ -98,16 +93,15 @@ class Step:
         if fmt.is_float:
             value = self._at("weight", self.index * self.steps.step + column)
             return float_vector(isa, fmt, value)
-        at = position(column, fmt.bits, fmt.sparse_words)
-        zero = fmt.zero_code if fmt.grid == "symmetric" else 0
-        per_step = self._words(self.steps.step, fmt.bits, fmt.sparse_words)
-
-        def word(index: int) -> Any:
-            return self._word("q_weight", per_step, index)
-
+        code, clean = plane_code(isa, self.weight_word, column, fmt.bits)
         if fmt.grid == "mxfp4":
-            return fp4_vector(isa, shifted_words(isa, word, at, fmt.bits))
-        return code_vector(isa, word, at, fmt.bits, zero)
+            return fp4_vector(isa, code)
+        zero = fmt.zero_code if fmt.grid == "symmetric" else 0
+        return code_number(isa, code, clean, fmt.bits, zero)
+
+    def weight_word(self, index: int) -> Any:
+        """uint32 vector of word `index` of the step's codes."""
+        return self._word("q_weight", self.steps.step // UNIT * self.fmt.bits, index)
 
     def numbers(self, first: int) -> Numbers:
         """Scale, bias and zero of the segment that begins at column `first` of the step."""
@@ -145,12 +139,12 @@ class Step:
         if fmt.scale_bits is None:
             return T.bind(self._as_f32(self._at(suffix, group)))
         if streamed(fmt):
-            codes = self.steps.step // fmt.group_size(self.k)
-            per_step = self._words(codes, fmt.scale_bits)
-            at = position(first // fmt.group_size(self.k), fmt.scale_bits)
-            number = code_vector(
-                self.isa, lambda i: self._word(suffix, per_step, i), at, fmt.scale_bits, base
+            size, bits = fmt.group_size(self.k), fmt.scale_bits
+            per_step = self.steps.step // size * bits // 32
+            code = stream_code(
+                self.isa, lambda i: self._word(suffix, per_step, i), first // size, bits
             )
+            number = code_number(self.isa, code, True, bits, base)
         else:
             number = self._as_f32(self._at(suffix, group))
             if base:
@@ -164,13 +158,6 @@ class Step:
             block = tirx.floordiv(self.index, BLOCK // self.steps.step)
             self.loaded[suffix, 0] = T.bind(self._as_f32(self._at(suffix, block)))
         return self.loaded[suffix, 0]
-
-    def _words(self, codes: int, bits: int, sparse: bool = False) -> int:
-        """Words of the codes of a step, which end at a word's end."""
-        if sparse:
-            return codes // (32 // bits)
-        assert codes * bits % 32 == 0, f"{codes} codes of {bits} bits fill no words"
-        return codes * bits // 32
 
     def _word(self, suffix: str, per_step: int, number: int) -> Any:
         if (suffix, number) not in self.loaded:
@@ -211,7 +198,7 @@ def scalar_weight(
         block_number = T.cast(at(block_suffix, tirx.floordiv(column, BLOCK)), "float32")
         return (T.cast(code, "float32") - T.float32(base)) * block_number
 
-    q = code_scalar(lambda i: at("q_weight", i), column, fmt.bits, fmt.sparse_words)
+    q = code_of_words(lambda i: at("q_weight", i), column, fmt.bits)
     if fmt.grid == "mxfp4":
         exponent = T.cast(at("q_scale", group), "uint32")
         return mxfp4.number_expr(q) * mxfp4.power_expr(exponent)
