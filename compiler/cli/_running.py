@@ -26,7 +26,7 @@ SAMPLING: tuple[tuple[str, Any, str, str], ...] = (
 
 
 def add_running_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of how a model runs and how it samples."""
+    """Flags of how it samples and how a model runs."""
     sampling = parser.add_argument_group(
         "sampling (defaults: the model's mlc-chat-config.json and generation_config.json)"
     )
@@ -36,11 +36,16 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--stop", action="append", default=[], metavar="STR", help="end before STR (repeatable)"
     )
-    running = parser.add_argument_group("running")
-    running.add_argument("--device", default="cpu", help="target, or name of one library")
+    running = add_device_arguments(parser)
     running.add_argument(
         "--threads", type=int, default=None, metavar="N", help="CPU threads (default: the cores)"
     )
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Flags of how a model runs, but for its threads; their group in the help."""
+    running = parser.add_argument_group("running")
+    running.add_argument("--device", default="cpu", help="target, or name of one library")
     running.add_argument(
         "--context-window",
         type=int,
@@ -48,6 +53,7 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of prompt and answer (default: as compiled); less takes less memory",
     )
+    return running
 
 
 def text_lines(text: str) -> list[str]:
@@ -88,8 +94,8 @@ def shown_progress() -> Callable[[str, int, int], None] | None:
     return progress
 
 
-def load(args: argparse.Namespace) -> LLM:
-    """The model, for one answer at a time; progress on a terminal only."""
+def load(args: argparse.Namespace, max_batch_size: int = 1) -> LLM:
+    """The model, for so many answers at a time; progress on a terminal only."""
     folder = artifact_folder(args.model)
     from qcc.runtime.engine.llm import LLM
 
@@ -100,7 +106,7 @@ def load(args: argparse.Namespace) -> LLM:
             args.device,
             args.threads,
             args.context_window,
-            max_batch_size=1,
+            max_batch_size=max_batch_size,
             progress=shown_progress(),
         )
     for warning in caught:
