@@ -228,11 +228,12 @@ def _metadata(
     dtype = spec.compute_dtype or plan.scheme.dtype
     slots = [
         {
-            "name": stored[slot.sources[0]].name,
+            "name": slot.setting or stored[slot.sources[0]].name,
             "shape": list(slot.shape),
             "dtype": slot.dtype,
             "from": [stored[i].name for i in slot.sources],
             "repack": slot.repack,
+            "setting": slot.setting,
         }
         for slot in hoist.slots
     ]

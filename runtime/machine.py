@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +32,15 @@ def missing(requires: Mapping[str, Any]) -> list[str]:
         return [f"an {machine} processor"]
     have = cpu_flags()
     return sorted(set(requires.get("flags", ())) - have) if have else []
+
+
+@cache
+def enable_tiles() -> bool:
+    """Whether this process may use AMX tiles of bf16; Linux wants to be asked once.
+
+    arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), Documentation/arch/x86/xstate.rst.
+    """
+    if not {"amx_tile", "amx_bf16"} <= cpu_flags():
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)

@@ -243,7 +243,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
             options = CompileOptions(
                 quant=quant, sizes=SizeFlags(**sizes), build=BuildOptions(opt=opt)
             )
-            made[key] = LLM(compile_model(str(model), out, options))
+            made[key] = LLM(compile_model(str(model), out, options), precision="high")
         return made[key]
 
     return compile_once

@@ -99,7 +99,7 @@ def agreement(
     for folder in folders:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of cut texts
-            embedder = Embedder(folder, threads=options.threads)
+            embedder = Embedder(folder, threads=options.threads, precision=options.precision)
             tokens = _bounded(embedder.tokenize(lines), options.max_tokens)
         if not original.is_source(embedder.artifact.manifest.source):
             raise QccError(f"{folder} was not compiled from {options.against}")

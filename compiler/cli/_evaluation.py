@@ -51,6 +51,7 @@ class EvalOptions:
     allow_pickle: bool = False
     lora: Path | None = None
     threads: int | None = None
+    precision: str = "low"
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def _load(artifact: Artifact, context: int, options: EvalOptions) -> LLM:
         threads=options.threads,
         context_window=context if bounded else None,
         max_batch_size=1,
+        precision=options.precision,
     )
 
 

@@ -161,7 +161,7 @@ def _layer_library(stored: StoredWeights) -> Iterator[CompiledModel]:
         libraries = {"cpu": library_entry(folder, library)}
         write_manifest(folder, {**fields, "libraries": libraries})
         artifact = Artifact.open(folder)
-        model = CompiledModel(artifact, "cpu", max_batch_size=1)
+        model = CompiledModel(artifact, "cpu", max_batch_size=1, precision="high")
         try:
             yield model
         finally:

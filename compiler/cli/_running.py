@@ -53,7 +53,18 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         metavar="N",
         help="tokens of prompt and answer (default: as compiled); less takes less memory",
     )
+    add_precision_argument(running)
     return running
+
+
+def add_precision_argument(running: Any) -> None:
+    """The flag of what activations are computed in; `running` is a group of a parser."""
+    running.add_argument(
+        "--precision",
+        choices=("high", "low"),
+        default="low",
+        help="high: float32 activations; low: int8 activations, faster",
+    )
 
 
 def text_lines(text: str) -> list[str]:
@@ -108,6 +119,7 @@ def load(args: argparse.Namespace, max_batch_size: int = 1) -> LLM:
             args.context_window,
             max_batch_size=max_batch_size,
             progress=shown_progress(),
+            precision=args.precision,
         )
     for warning in caught:
         print(f"qcc: warning: {warning.message}", file=sys.stderr)

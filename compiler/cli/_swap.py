@@ -68,7 +68,9 @@ class SwappableModel:
         artifact = Artifact.open(folder)
         if artifact.manifest.sizes["context_window_size"] < 0:
             context_window = None  # a sliding window has no bound
-        self.llm: LLM = LLM(folder, context_window=context_window, max_batch_size=1)
+        self.llm: LLM = LLM(
+            folder, context_window=context_window, max_batch_size=1, precision="high"
+        )
         specs = weight_specs(plan_of(artifact, original))
         self.shapes = {spec.name: spec.shape for spec in specs}
         self._rows: dict[str, tuple[str, slice]] = {}  # any name -> (parameter, its rows)

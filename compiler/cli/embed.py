@@ -9,7 +9,12 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcc.compiler.cli._running import artifact_folder, shown_progress, text_lines
+from qcc.compiler.cli._running import (
+    add_precision_argument,
+    artifact_folder,
+    shown_progress,
+    text_lines,
+)
 from qcc.runtime.errors import QccError
 
 if TYPE_CHECKING:
@@ -68,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     running.add_argument(
         "--threads", type=int, default=None, metavar="N", help="CPU threads (default: the cores)"
     )
+    add_precision_argument(running)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         warnings.simplefilter("always", UserWarning)
         from qcc.runtime.engine.embedder import Embedder, similarities
 
-        embedder = Embedder(folder, args.device, args.threads, shown_progress())
+        embedder = Embedder(folder, args.device, args.threads, shown_progress(), args.precision)
         vectors = embedder.embed(texts, args.prompt, not args.no_truncate, args.dimensions)
     for warning in caught:
         print(f"qcc: warning: {warning.message}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from qcc.compiler.cli._running import add_precision_argument
 from qcc.runtime.errors import QccError
 
 HELP = "measure a compiled model: perplexity, and KL divergence (or cosine) from the original"
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, default=None, metavar="N", help="CPU threads (default: the cores)"
     )
+    add_precision_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         allow_pickle=args.allow_pickle,
         lora=Path(args.lora) if args.lora else None,
         threads=args.threads,
+        precision=args.precision,
     )
     if is_embedding:
         found = _embeddings.agreement(args.artifacts, args.text, options, Steps())

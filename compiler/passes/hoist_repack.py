@@ -5,8 +5,8 @@ After:   p = packed[7]; y = call_tir(gemv, (x, p, ...))     # packed now holds s
          def repack_0(t): return call_tir(repack, (t,))     # exported
 
 Every function takes the same tuple of slots, the union over all functions: a slot is a stored
-tensor as it is, or one repack function of stored tensors. `slots` on the pass holds the table
-afterwards.
+tensor as it is, one repack function of stored tensors, or a setting: what call_tir(setting, ())
+stood for, a tensor that the runtime fills. `slots` on the pass holds the table afterwards.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ import tvm
 from tvm import relax as rx
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
-from qcc.quant_schemes.attributes import REPACK, ROLE
+from qcc.quant_schemes.attributes import REPACK, ROLE, SETTING, SETTING_NAME
 from qcc.targets.matching import weighted_functions
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One entry of the packed tuple: `repack` of the stored tensors `sources`, or one as it is."""
+    """One entry of the packed tuple: `repack` of the stored tensors `sources`, or one as it is.
+
+    A setting has a name and no sources.
+    """
 
     sources: tuple[int, ...]
     repack: str | None
     shape: tuple[int, ...]
     dtype: str
+    setting: str | None = None
 
 
 @tvm.transform.module_pass(opt_level=0, name="HoistRepack")
@@ -58,12 +62,18 @@ class HoistRepack:
 
 
 def _repack_key(mod: tvm.IRModule, call: Any) -> Any | None:
-    """The callee of a `repack` call_tir, else None."""
+    """The callee of a `repack` or `setting` call_tir, else None."""
     if not isinstance(call, rx.Call) or call.op != tvm.ir.Op.get("relax.call_tir"):
         return None
     callee = call.args[0]
     attrs = mod[callee].attrs
-    return callee if attrs and attrs.get(ROLE) == REPACK else None
+    return callee if attrs and attrs.get(ROLE) in (REPACK, SETTING) else None
+
+
+def _setting(mod: tvm.IRModule, callee: Any) -> str | None:
+    """The name of the setting that a callee stands for."""
+    attrs = mod[callee].attrs
+    return str(attrs[SETTING_NAME]) if attrs.get(ROLE) == SETTING else None
 
 
 def _packed_index(value: Any, packed: rx.Var) -> int | None:
@@ -100,6 +110,11 @@ class _Collect(PyExprVisitor):  # type: ignore[misc]
             super().visit_var_binding_(binding)
             return
         call = binding.value
+        setting = _setting(self.mod, callee)
+        if setting is not None:
+            self.names[callee] = setting
+            self._add((), setting, call.ty)
+            return
         sources = tuple(self.index_of[arg] for arg in call.args[1])
         name = self.names.setdefault(callee, f"repack_{len(self.names)}")
         types = [arg.ty for arg in call.args[1]]
@@ -119,7 +134,10 @@ class _Collect(PyExprVisitor):  # type: ignore[misc]
     def finish(self) -> tuple[dict[Any, int], list[Slot]]:
         """(key -> slot index, slots in the order of the stored tensors)."""
         ordered = sorted(self.keys.items(), key=lambda item: (item[0][0], item[0][1] or ""))
-        slots = [Slot(key[0], key[1], *value) for key, value in ordered]
+        slots = [
+            Slot(sources, name, *value) if sources else Slot((), None, *value, setting=name)
+            for (sources, name), value in ordered
+        ]
         by_key: dict[Any, int] = {key: i for i, (key, _) in enumerate(ordered)}
         return by_key, slots
 

@@ -18,6 +18,7 @@ from qcc.runtime.artifact import CHAT_CONFIG, Artifact
 from qcc.runtime.engine import tvm_runtime
 from qcc.runtime.engine.library import Floats, Library
 from qcc.runtime.engine.memory import available_bytes, check_embedding
+from qcc.runtime.engine.settings import settings
 from qcc.runtime.engine.tokenizer import Tokenizer
 from qcc.runtime.engine.weights import load_slots
 from qcc.runtime.errors import QccError
@@ -83,6 +84,7 @@ class Embedder:
         device: str = "cpu",
         threads: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        precision: str | None = None,
     ) -> None:
         """Open the artifact and load its library for `device`.
 
@@ -91,6 +93,7 @@ class Embedder:
             device: a target, or the name of one library, as cpu-x86-64-v3.
             threads: of the CPU; None: $TVM_NUM_THREADS, else the physical cores.
             progress: is told (what, bytes done, bytes in all) of long steps.
+            precision: high (float32 activations) or low (int8); None: low.
 
         Raises:
             QccError: a damaged artifact, one of another kind of model, too little memory.
@@ -108,7 +111,9 @@ class Embedder:
         self.library = Library(self.artifact.library(device))
         meta = self.library.metadata
         check_embedding(meta, available_bytes())
-        self.library.bind(load_slots(self.artifact, self.library, report("repack weights")))
+        self.library.bind(
+            load_slots(self.artifact, self.library, report("repack weights"), settings(precision))
+        )
         self.tokenizer = Tokenizer(self.artifact.folder, self.artifact.chat_config)
         self.window = meta.context_window_size
         self.dimensions = meta.hidden_size

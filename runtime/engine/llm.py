@@ -43,6 +43,7 @@ class LLM:
         context_window: int | None = None,
         max_batch_size: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        precision: str | None = None,
     ) -> None:
         """Open the artifact and load its library for `device`.
 
@@ -53,6 +54,7 @@ class LLM:
             context_window: tokens of prompt and answer; None: the library's.
             max_batch_size: sequences at once; None: the library's.
             progress: is told (what, bytes done, bytes in all) of long steps.
+            precision: high (float32 activations) or low (int8); None: low.
 
         Raises:
             QccError: a damaged or unfit artifact, sizes beyond it, too little memory.
@@ -73,7 +75,12 @@ class LLM:
             self.threads = tvm_runtime.set_threads(threads)
             self.artifact.verify(report("check"))
             self.model = CompiledModel(
-                self.artifact, device, context_window, max_batch_size, report("repack weights")
+                self.artifact,
+                device,
+                context_window,
+                max_batch_size,
+                report("repack weights"),
+                precision,
             )
             self.tokenizer = tokenizer.result()
         self.limits = self.model.limits

@@ -33,11 +33,15 @@ class TensorType:
 
 @dataclass(frozen=True)
 class Slot:
-    """One entry of the packed parameter tuple: `repack`(stored tensors), or one as it is."""
+    """One entry of the packed parameter tuple: `repack`(stored tensors), or one as it is.
+
+    A setting, by its name, is what the runtime fills and has no stored tensors.
+    """
 
     type: TensorType
     stored: tuple[str, ...]
     repack: str | None
+    setting: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,11 +156,12 @@ def _tensors(data: dict[str, Any]) -> dict[str, Any]:
     known = {param.name for param in params}
     slots = []
     for item in data["qcc"]["slots"]:
-        slot = Slot(_type(item), tuple(map(str, item["from"])), item["repack"])
+        setting = item.get("setting")
+        slot = Slot(_type(item), tuple(map(str, item["from"])), item["repack"], setting)
         unknown = [name for name in slot.stored if name not in known]
         if unknown:
             raise ValueError(f"slot {slot.type.name!r} is made from unknown {unknown}")
-        if slot.repack is None and len(slot.stored) != 1:
+        if setting is None and slot.repack is None and len(slot.stored) != 1:
             raise ValueError(
                 f"slot {slot.type.name!r} takes {len(slot.stored)} tensors as they are"
             )

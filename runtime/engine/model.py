@@ -11,6 +11,7 @@ import numpy as np
 from qcc.runtime.artifact import Artifact
 from qcc.runtime.engine.library import Floats, KVCache, Library, Tokens, total_pages
 from qcc.runtime.engine.memory import available_bytes, choose_total_tokens
+from qcc.runtime.engine.settings import settings
 from qcc.runtime.engine.weights import Progress, load_slots
 from qcc.runtime.errors import QccError
 
@@ -83,6 +84,7 @@ class CompiledModel:
         context_window: int | None = None,
         max_batch_size: int | None = None,
         progress: Progress | None = None,
+        precision: str | None = None,
     ) -> None:
         """Load library and weights and reserve the KV cache.
 
@@ -97,7 +99,7 @@ class CompiledModel:
         length = _length(meta.max_length, context_window, meta.sliding_window_size)
         # Before the weights are touched: what does not fit shall fail at once.
         total = choose_total_tokens(meta, length, batch, available_bytes())
-        library.bind(load_slots(artifact, library, progress))
+        library.bind(load_slots(artifact, library, progress, settings(precision)))
         slides = meta.max_length is None
         chunk = min(meta.prefill_chunk_size, length)
         self.library = library

@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,11 +27,17 @@ from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir, remove_stale, write_file
 
 ALIGNMENT = 64  # bytes; TVM's kernels may assume it
+Array = np.ndarray[Any, Any]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
-def load_slots(artifact: Artifact, library: Library, progress: Progress | None = None) -> list[Any]:
-    """The tensors of the packed tuple, in its order.
+def load_slots(
+    artifact: Artifact,
+    library: Library,
+    progress: Progress | None = None,
+    settings: Mapping[str, Array] | None = None,
+) -> list[Any]:
+    """The tensors of the packed tuple, in its order; `settings` by name, 0 where it has none.
 
     Raises:
         QccError: the stored tensors are not those that the library was compiled for.
@@ -60,6 +66,8 @@ def load_slots(artifact: Artifact, library: Library, progress: Progress | None =
         return as_tensor(maps[file], offset, kind)
 
     def tensor(index: int, slot: Slot) -> Any:
+        if slot.setting is not None:
+            return _setting(slot.type, settings or {})
         if index in made:
             return made[index]
         if index in layout:
@@ -68,6 +76,14 @@ def load_slots(artifact: Artifact, library: Library, progress: Progress | None =
         return mapped(artifact.folder / record.shard, record.offset, slot.type)
 
     return [tensor(index, slot) for index, slot in enumerate(library.metadata.slots)]
+
+
+def _setting(kind: TensorType, settings: Mapping[str, Array]) -> Any:
+    """The tensor of a setting."""
+    value = np.zeros(kind.shape, kind.dtype)
+    value[...] = settings.get(kind.name, 0)
+    memory = aligned_copy(np.atleast_1d(value).view(np.uint8))
+    return as_tensor(memory, 0, kind)
 
 
 def check_stored(artifact: Artifact, library: Library) -> None:
@@ -91,7 +107,7 @@ def cache_layout(artifact: Artifact, slots: tuple[Slot, ...]) -> tuple[dict[int,
     layout: dict[int, int] = {}
     end = 0
     for index, slot in enumerate(slots):
-        if not _mappable(artifact, slot):
+        if slot.setting is None and not _mappable(artifact, slot):
             layout[index] = end
             end += -(-slot.type.nbytes // ALIGNMENT) * ALIGNMENT
     return layout, end

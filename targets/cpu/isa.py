@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tvm
 
 
 @dataclass(frozen=True)
 class Isa:
-    """Vector width and register tile; the kernel family is parametrized by these alone.
+    """Vector width, register tile and dot products; the kernel family is parametrized by these.
 
     `lanes` f32 numbers in a vector; `table_bits`: codes of up to so many bits become numbers by one
     instruction, a lookup in a table in registers (AVX-512 vpermi2ps 5, AVX2 vpermps 3), 0: there is
     none. A GEMM micro-tile keeps `tile_m` x `tile_n` vectors of accumulators in registers.
+
+    `dot` adds products of four bytes to each int32 lane: vpdpbusd ("vnni": unsigned by signed),
+    vpmaddubsw and vpmaddwd ("maddubs"), aarch64's "usdot" and "sdot" (signed by signed), None:
+    activations stay floating. `tiles`: AMX multiplies bf16 tiles of 16 x 32 by 32 x 16.
     """
 
     lanes: int
     table_bits: int
     tile_m: int
     tile_n: int
+    dot: str | None = None
+    tiles: bool = False
 
 
-AVX512 = Isa(lanes=16, table_bits=5, tile_m=6, tile_n=4)
-AVX2 = Isa(lanes=8, table_bits=3, tile_m=6, tile_n=2)
+AVX512 = Isa(lanes=16, table_bits=5, tile_m=6, tile_n=4, dot="maddubs")
+AVX512_VNNI = replace(AVX512, dot="vnni")
+AVX512_AMX = replace(AVX512_VNNI, tiles=True)
+AVX2 = Isa(lanes=8, table_bits=3, tile_m=6, tile_n=2, dot="maddubs")
+AVX2_VNNI = replace(AVX2, dot="vnni")
 NEON = Isa(lanes=4, table_bits=0, tile_m=6, tile_n=4)
+NEON_DOT = replace(NEON, dot="sdot")
+NEON_I8MM = replace(NEON, dot="usdot")
 SSE = Isa(lanes=4, table_bits=0, tile_m=6, tile_n=2)
 
 
 def isa_of(target: tvm.target.Target) -> Isa:
     """The widest description whose instructions the target has."""
 
-    def has(feature: str) -> bool:
-        return bool(tvm.target.codegen.llvm_cpu_has_features(feature, target))
+    def has(*features: str) -> bool:
+        probe = tvm.target.codegen.llvm_cpu_has_features
+        return all(probe(feature, target) for feature in features)
 
     triple = str(target.attrs.get("mtriple", "") or tvm.target.codegen.llvm_get_system_triple())
     if triple.startswith(("aarch64", "arm64")):
-        return NEON
-    if has("avx512f"):
-        return AVX512
-    if has("avx2") and has("fma"):
-        return AVX2
+        return NEON_I8MM if has("i8mm") else NEON_DOT if has("dotprod") else NEON
+    if has("avx512f", "avx512bw", "avx512vl"):
+        if has("amx-tile", "amx-bf16", "avx512vnni"):
+            return AVX512_AMX
+        return AVX512_VNNI if has("avx512vnni") else AVX512
+    if has("avx2", "fma"):
+        return AVX2_VNNI if has("avxvnni") else AVX2
     return SSE
 
 

@@ -109,7 +109,9 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Make:
             sizes = SizeFlags(context_window=WINDOW, prefill_chunk=2 * WINDOW)
             options = CompileOptions(quant=quant, sizes=sizes, task="embedding")
             out = tmp_path_factory.mktemp("artifact") / quant
-            made[folder, quant] = Embedder(compile_model(str(folder), out, options))
+            made[folder, quant] = Embedder(
+                compile_model(str(folder), out, options), precision="high"
+            )
         return made[folder, quant]
 
     return make

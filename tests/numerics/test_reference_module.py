@@ -286,7 +286,7 @@ def test_static_activations(
     round_inputs(model, scales)
     expected = logits_of(model, ids)
     options = CompileOptions(quant=scheme, calibration=calibration)
-    llm = LLM(compile_model(str(folder), reference.artifact, options))
+    llm = LLM(compile_model(str(folder), reference.artifact, options), precision="high")
     for found in (logits(reference, ids), llm.logits(ids)):
         error = np.abs(found - expected).max(axis=1)
         assert np.mean(error <= tolerance) > 0.5 and error.max() < 0.5

@@ -41,7 +41,7 @@ def folder(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def embedder(folder: Path) -> Embedder:
-    return Embedder(folder)
+    return Embedder(folder, precision="high")
 
 
 def short(embedder: Embedder) -> list[str]:

@@ -26,13 +26,13 @@ def test_a_library_that_was_replaced_runs_its_new_code(
     )
     ids, folder = some_ids(20), tmp_path / "artifact"
     shutil.copytree(before.artifact.folder, folder)
-    old = LLM(folder)
+    old = LLM(folder, precision="high")
     np.testing.assert_array_equal(old.logits(ids), before.logits(ids))
     new = tmp_path / "new"
     shutil.copytree(after.artifact.folder, new)
     for path in filter(Path.is_file, new.rglob("*")):
         os.replace(path, folder / path.relative_to(new))  # as a compile publishes
-    found = LLM(folder).logits(ids)
+    found = LLM(folder, precision="high").logits(ids)
     np.testing.assert_array_equal(found, after.logits(ids))
     assert np.abs(found - before.logits(ids)).max() > 0.1
     np.testing.assert_array_equal(old.logits(ids), before.logits(ids))

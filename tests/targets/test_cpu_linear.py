@@ -23,8 +23,8 @@ from qcc.quant_schemes.format import (
 from qcc.quant_schemes.packing import in_layout, unpack, unpack_stream
 from qcc.targets.cpu.isa import AVX512, Isa, isa_of
 from qcc.targets.cpu.kernels import layout
-from qcc.targets.cpu.kernels.gemm import gemm
-from qcc.targets.cpu.kernels.gemv import gemv
+from qcc.targets.cpu.kernels.activations import HIGH, LOW, Activations, prepare
+from qcc.targets.cpu.kernels.linear import gemm, gemv, takes_codes
 from qcc.targets.cpu.kernels.steps import MAX_STEP, steps_of
 from qcc.targets.cpu.kernels.table_rows import table_rows
 from qcc.targets.cpu.passes.schedule import schedule_loops
@@ -87,6 +87,8 @@ def functions(fmt: WeightFormat, n: int, k: int, isa: Isa) -> dict[str, Any]:
         "gemm": gemm(fmt, n, k, isa),
         "rows": table_rows(fmt, n, k, isa),
     }
+    if takes_codes(fmt, isa):
+        made["prepare"] = prepare(Activations.of(fmt, k), None, isa)
     for part in range(len(fmt.stored(n, k))):
         made[f"repack{part}"] = schedule_loops(layout.repack_func(fmt, n, k, part, isa), isa)
     return {
@@ -118,9 +120,33 @@ def repacked(lib: Any, fmt: WeightFormat, n: int, k: int, isa: Isa, parts: list[
     return made
 
 
-# Every format with table lookup and 16 lanes; elsewhere each way to decode.
-CASES = [("avx512", fmt) for fmt in FORMATS]
-CASES += [("avx2", fmt) for fmt in FORMATS[1::4]] + [("sse", fmt) for fmt in FORMATS[2::8]]
+def activations(lib: Any, fmt: WeightFormat, n: int, x: Any, mode: int) -> list[Any]:
+    """What the kernels take after x: codes, scales and sums, junk in high precision, and mode."""
+    m, k = x.shape
+    made = [tensor(np.full(shape, 3, dtype)) for _, shape, dtype in Activations.of(fmt, k).parts(m)]
+    chosen = tensor(np.array([mode], np.int32))
+    lib[f"prepare_{names(fmt, n, k)}"](tensor(x), chosen, *made)
+    return [*made, chosen]
+
+
+def rounded(x: Any, codes: Any, scales: Any) -> Any:
+    """f64[m, k] that int8 codes stand for, after checking them: groups of 32 under max / 127."""
+    m, k = x.shape
+    padded = np.zeros((m, k + -k % 32))
+    padded[:, :k] = x
+    top = np.abs(padded).reshape(m, -1, 32).max(-1)
+    np.testing.assert_allclose(scales, top / 127, rtol=1e-6)
+    found = codes * np.repeat(scales.astype("float64"), 32, axis=1)
+    half = np.repeat(top / 127, 32, axis=1) * (0.5 + 1e-4)
+    assert (np.abs(found - padded) <= half).all() and np.abs(codes).max() == 127
+    return found[:, :k]
+
+
+# Every format with table lookup, 16 lanes and VNNI; elsewhere each way to decode and to multiply.
+CASES = [("vnni", fmt) for fmt in FORMATS]
+CASES += [("avx512", fmt) for fmt in (q(8, 32), q(2, 64, zero=1), asymmetric(8, "row", "bfloat16"))]
+CASES += [("avx2_vnni", fmt) for fmt in FORMATS[5::9]]
+CASES += [("avx2", fmt) for fmt in FORMATS[1::5]] + [("sse", fmt) for fmt in FORMATS[2::11]]
 IDS = [f"{processor}-{names(fmt, 0, 0)[:-4]}" for processor, fmt in CASES]
 
 
@@ -142,18 +168,25 @@ def test_kernels(processor: str, fmt: WeightFormat) -> None:
         size = np.abs(weights - bias) + np.abs(bias)
         packed = repacked(lib, fmt, n, k, isa, parts)
 
-        def close(kind: str, m: int, n: int = n, k: int = k, w: Any = weights, p: Any = packed,
-                  size: Any = size) -> None:  # fmt: skip
+        def close(kind: str, m: int, mode: int, n: int = n, k: int = k, w: Any = weights,
+                  p: Any = packed, size: Any = size) -> None:  # fmt: skip
             x = random.normal(size=(m, k)).astype("float32")
+            given: list[Any] = []
+            exact = x.astype("float64")
+            if takes_codes(fmt, isa):
+                given = activations(lib, fmt, n, x, mode)
+                if mode == LOW:
+                    exact = rounded(x, given[0].numpy(), given[1].numpy())
             out = tensor(np.full((m, n), np.nan, "float32"))
-            lib[f"{kind}_{names(fmt, n, k)}"](tensor(x), *p, out)
-            bound = np.abs(x.astype("float64")) @ size.T
-            error = np.abs(out.numpy() - x.astype("float64") @ w.T)
+            lib[f"{kind}_{names(fmt, n, k)}"](tensor(x), *given, *p, out)
+            bound = np.abs(exact) @ size.T
+            error = np.abs(out.numpy() - exact @ w.T)
             assert (error <= RELATIVE * bound + 1e-12).all(), (kind, n, k, m, (error / bound).max())
 
-        close("gemv", 1)
-        for m in ROWS:
-            close("gemm", m)
+        for mode in (HIGH, LOW) if takes_codes(fmt, isa) else (HIGH,):
+            close("gemv", 1, mode)
+            for m in ROWS:
+                close("gemm", m, mode)
         ids = np.array([n - 1, 0, n // 2, -3, n, 2**31 - 1], np.int32)
         out = tensor(np.full((len(ids), k), np.nan, "float32"))
         lib[f"rows_{names(fmt, n, k)}"](*packed, tensor(ids), out)

@@ -1,4 +1,4 @@
-"""y = x @ W.T over repacked weights for many rows of x.
+"""Many rows of float activations times a panel of repacked weights, in high precision.
 
 A panel of L * tile_n rows and about CHUNK columns is expanded to f32 in cache, then a register tile
 runs over all rows of x. All arithmetic is f32.
@@ -8,24 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from qcc.quant_schemes.attributes import LINEAR, ROLE
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
-from qcc.targets.cpu.kernels.layout import packed_parts, row_blocks
 from qcc.targets.cpu.kernels.steps import Step, steps_of
 from qcc.targets.cpu.kernels.tir import (
     extents,
     fma,
     i64,
-    kernel,
     lanes_from,
-    parallel,
     registers,
     serial,
     splat,
@@ -45,20 +40,6 @@ class Rows:
     count: Any
     source: Callable[[Any], Any] = lambda i: i
     target: Callable[[Any], Any] = lambda i: i
-
-
-@cache
-def gemm(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
-    """PrimFunc (x f32[m, k], parts) -> y f32[m, n], any m."""
-    rows = tirx.Var("m", "int64")
-
-    def body(x: Any, *rest: Any) -> None:
-        *parts, out = rest
-        with parallel(row_blocks(n, isa) // isa.tile_n) as panel:
-            multiply_panel(isa, fmt, n, k, parts, x, out, panel, panel * isa.tile_n, Rows(rows))
-
-    args = [("x", (rows, k), "float32"), *packed_parts(fmt, n, k, isa), ("y", (rows, n), "float32")]
-    return kernel("gemm", args, body, {ROLE: LINEAR})
 
 
 def multiply_panel(

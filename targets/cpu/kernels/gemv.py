@@ -1,4 +1,4 @@
-"""y = x @ W.T over repacked weights for one row of x.
+"""One row of float activations times repacked weights: the inner loop of high precision.
 
 All arithmetic is f32. A step of columns is unrolled, each of its segments with independent
 accumulator chains, and scale and bias are applied once a segment:
@@ -8,24 +8,18 @@ The sums of x, which all rows share, are computed once, where a grid needs them.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
-from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from qcc.quant_schemes.attributes import LINEAR, ROLE
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
-from qcc.targets.cpu.kernels.layout import packed_parts
 from qcc.targets.cpu.kernels.steps import Step, steps_of
 from qcc.targets.cpu.kernels.tir import (
     extents,
     fma,
     i64,
-    kernel,
     lanes_from,
-    parallel,
     registers,
     serial,
     splat,
@@ -35,21 +29,6 @@ from qcc.targets.cpu.kernels.tir import (
 
 CHAINS = 8  # independent accumulators: FMA latency 4 x 2 ports
 CHAIN_COLUMNS = 4  # columns of a segment for each of its chains; other segments run beside it
-
-
-@cache
-def gemv(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
-    """PrimFunc (x f32[1, k], parts) -> y f32[1, n]."""
-
-    def body(x: Any, *rest: Any) -> None:
-        *parts, out = rest
-        sums = sums_of(fmt, x, i64(0), 1, k)
-        with parallel(-(-n // isa.lanes)) as block:
-            value = products(isa, fmt, k, parts, block, x, i64(0), sums, i64(0))
-            store_lanes(isa, out, i64(0), block * isa.lanes, n, value)
-
-    args = [("x", (1, k), "float32"), *packed_parts(fmt, n, k, isa), ("y", (1, n), "float32")]
-    return kernel("gemv", args, body, {ROLE: LINEAR})
 
 
 def products(

@@ -24,7 +24,7 @@ QUAD = 4  # columns whose codes are the bytes of a word
 
 @dataclass(frozen=True)
 class Field:
-    """`bits` bits of a code, at bit `shift` of word `word` of a row; they begin at its bit `low`."""
+    """`bits` bits of a code, from its bit `low` on, at bit `shift` of word `word` of a row."""
 
     word: int
     shift: int

@@ -2,7 +2,10 @@
 
 Before:  y = matmul(x, permute_dims(call_tir(dequantize, (q, s))))       # or a plain float weight
 After:   p0 = call_tir(repack, (q,)); p1 = call_tir(repack, (s,))     # HoistRepack moves these out
-         y = call_tir(gemv or gemm, (reshape(x), p0, p1)), reshaped back
+         mode = call_tir(setting, ())                                 # and this
+         codes, scales, sums = call_tir(prepare, (reshape(x), mode))  # once for the same x
+         y = call_tir(gemv or gemm, (reshape(x), codes, scales, sums, mode, p0, p1)), reshaped back
+A float weight's kernels take neither codes nor mode.
 
 Layers of experts, one token:    y = call_tir(experts_gemv, (x, p0, p1, ids))
 more tokens:                     starts, order = call_tir(expert_order, (ids,))   # once for all
@@ -24,9 +27,10 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels import layout
+from qcc.targets.cpu.kernels.activations import Activations, prepare
 from qcc.targets.cpu.kernels.experts import expert_order, experts_gemm, experts_gemv
-from qcc.targets.cpu.kernels.gemm import gemm
-from qcc.targets.cpu.kernels.gemv import gemv
+from qcc.targets.cpu.kernels.linear import gemm, gemv, takes_codes
+from qcc.targets.cpu.kernels.setting import PRECISION, setting
 from qcc.targets.cpu.kernels.table_rows import table_rows
 from qcc.targets.matching import (
     Bindings,
@@ -66,10 +70,14 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         self.bindings: Bindings = {}
         self.packed: dict[Any, list[Any]] = {}
         self.orders: dict[Any, list[Any]] = {}  # ids -> starts and order
+        self.flat: dict[Any, Any] = {}  # x -> its rows as a matrix
+        self.prepared: dict[tuple[Any, Activations], list[Any]] = {}
+        self.mode: Any = None
         self.added: dict[tirx.PrimFunc, Any] = {}  # the builder would hash a kernel every time
 
     def function(self, gv: Any, func: rx.Function) -> None:
         self.bindings, self.packed, self.orders = {}, {}, {}
+        self.flat, self.prepared, self.mode = {}, {}, None
         self.builder_.update_func(gv, self.visit_expr(func))
 
     def visit_var_binding_(self, binding: rx.VarBinding) -> None:
@@ -79,7 +87,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
     def visit_call_(self, call: rx.Call) -> rx.Expr:
         match = match_linear(self.mod, self.bindings, call)
         if match is not None:
-            return self._linear(match, self.visit_expr(call.args[0]), call.ty)
+            return self._linear(match, call.args[0], call.ty)
         layer = match_experts(self.mod, self.bindings, call)
         if layer is not None:
             return self._experts(layer, call.ty)
@@ -123,15 +131,43 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         return rx.call_tir(gv, [self.visit_expr(call.args[0])], out_ty=call.ty)
 
     def _linear(self, match: Weight, x: rx.Expr, ty: Any) -> rx.Expr:
+        """A linear layer; x is an expression of the old function."""
         rows = _product(list(x.ty.shape)[:-1])
-        single = isinstance(rows, tirx.IntImm) and int(rows) == 1
+        single = _is_one(rows)
         make = gemv if single else gemm
         func = make(match.format, match.n, match.k, self.isa)
         gv = self._add(func, "gemv" if single else "gemm")
-        flat = self.builder_.emit(rx.op.reshape(x, (rows, match.k)))
         out = rx.TensorType((rows, match.n), "float32")
-        y = self.builder_.emit(rx.call_tir(gv, [flat, *self._repacked(match)], out_ty=out))
+        args = [*self._activations(match, x, rows), *self._repacked(match)]
+        y = self.builder_.emit(rx.call_tir(gv, args, out_ty=out))
         return rx.op.reshape(y, list(ty.shape))
+
+    def _activations(self, match: Weight, x: rx.Expr, rows: Any) -> list[Any]:
+        """What a kernel takes before the parts of a weight."""
+        if x not in self.flat:
+            flat = rx.op.reshape(self.visit_expr(x), (rows, match.k))
+            self.flat[x] = self.builder_.emit(flat)
+        flat = self.flat[x]
+        if not takes_codes(match.format, self.isa):
+            return [flat]
+        kind = Activations.of(match.format, match.k)
+        if (x, kind) not in self.prepared:
+            func = prepare(kind, 1 if _is_one(rows) else None, self.isa)
+            gv = self._add(func, "prepare")
+            types = [rx.TensorType(shape, dtype) for _, shape, dtype in kind.parts(rows)]
+            made = self.builder_.emit(rx.call_tir(gv, [flat, self._mode()], out_ty=types))
+            self.prepared[x, kind] = [
+                self.builder_.emit(rx.TupleGetItem(made, i)) for i in range(len(types))
+            ]
+        return [flat, *self.prepared[x, kind], self._mode()]
+
+    def _mode(self) -> Any:
+        """The precision at run time, once a function."""
+        if self.mode is None:
+            gv = self._add(setting(PRECISION, 1, "int32"), "setting_precision")
+            out = rx.TensorType((1,), "int32")
+            self.mode = self.builder_.emit(rx.call_tir(gv, [], out_ty=out))
+        return self.mode
 
     def _experts(self, layer: ExpertLayer, ty: Any) -> rx.Expr:
         weight, n, k = layer.weight, layer.n, layer.weight.k
@@ -140,7 +176,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         tokens, slots = ids.ty.shape
         rows, pairs = _product(list(x.ty.shape)[:-1]), _product([tokens, slots])
         flat_x = self.builder_.emit(rx.op.reshape(x, (rows, k)))
-        if isinstance(tokens, tirx.IntImm) and int(tokens) == 1:
+        if _is_one(tokens):
             sizes = layer.experts, n, k, int(rows), int(pairs)
             gv = self._add(experts_gemv(weight.format, *sizes, self.isa), "experts_gemv")
             args = [flat_x, *parts, self.builder_.emit(rx.op.reshape(ids, (pairs,)))]
@@ -169,6 +205,10 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         gv = self._add(func, "table_rows")
         out = rx.TensorType(ty.shape, "float32")
         return rx.call_tir(gv, [*self._repacked(table), ids], out_ty=out)
+
+
+def _is_one(extent: Any) -> bool:
+    return isinstance(extent, tirx.IntImm) and int(extent) == 1
 
 
 def _product(extents: list[Any]) -> Any:

@@ -81,7 +81,7 @@ def test_codes_are_kept(
     ran = cli("compile", folder, "-o", out, "--context-window", 256)
     assert ran.status == 0, ran.err
     assert "codes kept: tensors 4 MXFP4 as [mxfp4]" in ran.err + ran.out
-    llm, ids = LLM(out), some_ids(70)
+    llm, ids = LLM(out, precision="high"), some_ids(70)
     (expected,) = Transformers.load(Original(folder)).logits([ids])
     np.testing.assert_allclose(llm.logits(ids), expected, rtol=0, atol=tolerance)
     stored = llm.artifact.read("model.layers.0.mlp.experts.down_proj.q_weight")

@@ -107,6 +107,10 @@ def lowered(fmt: WeightFormat, norm: WeightFormat) -> tvm.IRModule:
     return module
 
 
+ROUNDED = "quantize_activation"
+PREPARED = {ROUNDED: 1, "setting": 1}
+
+
 def calls(module: tvm.IRModule, function: str) -> Counter[str]:
     """How often each role of PrimFunc is called by a function, and each operator of interest."""
     found: Counter[str] = Counter()
@@ -129,8 +133,9 @@ def calls(module: tvm.IRModule, function: str) -> Counter[str]:
 def test_quantized_weights() -> None:
     module = lowered(Q4, F16)
     # Of a quantized weight words and scales are repacked; a norm in f16 is widened once.
-    assert calls(module, "decode") == {"gemv": 2, "repack": 5}
-    assert calls(module, "prefill") == {"gemm": 1, "repack": 2, "relax.matmul": 2}
+    # What is multiplied becomes int8 once, if the setting says so.
+    assert calls(module, "decode") == {"gemv": 2, "repack": 5, **PREPARED, ROUNDED: 2}
+    assert calls(module, "prefill") == {"gemm": 1, "repack": 2, "relax.matmul": 2, **PREPARED}
     # The tied table is read as repacked, once in memory; the other one as stored.
     assert calls(module, "embed") == {"table_rows": 1, "repack": 2, "dequantize_rows": 1}
 
@@ -138,7 +143,7 @@ def test_quantized_weights() -> None:
 def test_every_part_of_a_format_is_repacked() -> None:
     two = WeightFormat(2, "float16", 16, "NK", "asymmetric", scale_bits=4)
     module = lowered(two, F32)
-    assert calls(module, "decode") == {"gemv": 2, "repack": 2 * 5}
+    assert calls(module, "decode") == {"gemv": 2, "repack": 2 * 5, **PREPARED, ROUNDED: 2}
     assert calls(module, "embed") == {"table_rows": 1, "repack": 5, "dequantize_rows": 1}
 
 
@@ -153,8 +158,9 @@ def test_parts_of_a_fused_weight() -> None:
     ]
     module = LowerLinear(AVX2)(QuantizeWeights(specs, "float32")(Model))
     rx.analysis.well_formed(module)
-    assert calls(module, "decode") == {"gemv": 3, "repack": 6}
-    assert calls(module, "prefill") == {"gemm": 2, "repack": 4, "relax.matmul": 2}
+    # Both parts take the same x: it is rounded once for them.
+    assert calls(module, "decode") == {"gemv": 3, "repack": 6, **PREPARED, ROUNDED: 2}
+    assert calls(module, "prefill") == {"gemm": 2, "repack": 4, "relax.matmul": 2, **PREPARED}
 
 
 def test_floating_weights() -> None:

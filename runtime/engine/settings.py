@@ -1,0 +1,31 @@
+"""What is chosen when a model is loaded, as the tensors that a library's kernels read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from qcc.runtime.errors import QccError
+from qcc.runtime.machine import enable_tiles
+
+PRECISIONS = ("high", "low")
+DEFAULT_PRECISION = "low"
+# Values of a CPU library's setting `precision`.
+FLOAT, INT8, INT8_AND_TILES = 0, 1, 2
+
+
+def settings(precision: str | None) -> dict[str, np.ndarray[Any, Any]]:
+    """The settings of a library by name; None: the default.
+
+    high: activations stay float32. low: int8 with a scale for each token and group, or bf16 where
+    the processor multiplies tiles of it and a run has many tokens.
+
+    Raises:
+        QccError: an unknown precision.
+    """
+    precision = precision or DEFAULT_PRECISION
+    if precision not in PRECISIONS:
+        raise QccError(f"--precision {precision}: must be one of {', '.join(PRECISIONS)}")
+    low = INT8_AND_TILES if enable_tiles() else INT8
+    return {"precision": np.array([FLOAT if precision == "high" else low], np.int32)}

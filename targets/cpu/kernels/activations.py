@@ -1,0 +1,170 @@
+"""Activations as the int8 kernels take them: codes, scales and sums of codes, made once a row.
+
+Of each row and each GROUP columns (the last group padded with 0):
+    scale = max|x| / 127,  code = round_half_even(x * 127 / max|x|)
+The sums of the codes of each piece of columns go with them, for what a weight's zero or bias adds:
+int32 sums, or f32 sums times the scale. A piece lies within one group of x and one of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from qcc.quant_schemes.attributes import QUANTIZE_ACTIVATION, ROLE
+from qcc.quant_schemes.format import UNIT, WeightFormat
+from qcc.targets.cpu.isa import Isa, vector
+from qcc.targets.cpu.kernels.steps import steps_of
+from qcc.targets.cpu.kernels.tir import (
+    i64,
+    kernel,
+    lanes_from,
+    parallel,
+    serial,
+    splat,
+    tree_sum,
+)
+
+GROUP = UNIT  # columns under one scale
+TOP = 127
+FEW_ROWS = 4  # rows of so few are not worth a parallel region
+HIGH, LOW, TILES = (
+    0,
+    1,
+    2,
+)  # values of `mode`: float activations, int8, and bf16 tiles for many rows
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How the activations of weights with k columns are prepared; equal ones are shared.
+
+    `piece` columns under one sum, `sums` the dtype of the sums.
+    """
+
+    k: int
+    piece: int
+    sums: str
+
+    @classmethod
+    def of(cls, fmt: WeightFormat, k: int) -> Activations:
+        """What the kernels of a quantized format need."""
+        exact = fmt.grid in ("symmetric", "mxfp4")
+        piece = gcd(steps_of(fmt, k).segment, GROUP)
+        return cls(k, piece, "int32" if exact else "float32")
+
+    @property
+    def padded(self) -> int:
+        """Columns of the codes."""
+        return -(-self.k // GROUP) * GROUP
+
+    def parts(self, rows: Any) -> list[tuple[str, tuple[Any, Any], str]]:
+        """(name, shape, dtype) of what `prepare` writes."""
+        return [
+            ("codes", (rows, self.padded), "int8"),
+            ("scales", (rows, self.padded // GROUP), "float32"),
+            ("sums", (rows, self.padded // self.piece), self.sums),
+        ]
+
+
+@cache
+def prepare(kind: Activations, rows: int | None, isa: Isa) -> tirx.PrimFunc:
+    """PrimFunc (x f32[m, k], mode int32[1]) -> codes, scales, sums; nothing in mode HIGH.
+
+    `rows` None: any m.
+    """
+    m = tirx.Var("m", "int64") if rows is None else rows
+
+    def body(x: Any, mode: Any, codes: Any, scales: Any, sums: Any) -> None:
+        def one_row(row: Any) -> None:
+            _row(kind, isa, x, codes, scales, sums, row)
+
+        with T.If(mode[0] != HIGH), T.Then():
+            _for_rows(m, one_row)
+
+    args = [("x", (m, kind.k), "float32"), ("mode", (1,), "int32"), *kind.parts(m)]
+    return kernel("quantize_activation", args, body, {ROLE: QUANTIZE_ACTIVATION}, outputs=3)
+
+
+def _for_rows(rows: Any, body: Callable[[Any], None]) -> None:
+    """A loop over rows, parallel where there are more than FEW_ROWS."""
+    if isinstance(rows, int) and rows <= FEW_ROWS:
+        with serial(rows) as row:
+            body(row)
+        return
+    with T.If(rows > FEW_ROWS):
+        with T.Then(), parallel(rows) as row:
+            body(row)
+        with T.Else(), serial(rows) as row:
+            body(row)
+
+
+def _row(kind: Activations, isa: Isa, x: Any, codes: Any, scales: Any, sums: Any, row: Any) -> None:
+    whole = kind.k // GROUP
+
+    def group(source: Callable[[int], Any], number: Any) -> None:
+        values = [T.bind(source(at)) for at in range(0, GROUP, isa.lanes)]
+        _group(kind, isa, values, codes, scales, sums, row, number)
+
+    if whole:
+        with serial(whole) as number:
+            group(lambda at: x[row, lanes_from(number * GROUP + at, isa.lanes)], number)
+    if kind.k % GROUP:
+        tail = T.alloc_buffer((GROUP,), "float32", scope="local", layout=None)
+        for at in range(0, GROUP, isa.lanes):
+            T.buffer_store(tail, splat(T.float32(0), isa.lanes), [lanes_from(at, isa.lanes)])
+        with serial(kind.k % GROUP) as i:
+            T.buffer_store(tail, x[row, whole * GROUP + i], [i])
+        group(lambda at: tail[lanes_from(at, isa.lanes)], i64(whole))
+
+
+def _group(
+    kind: Activations,
+    isa: Isa,
+    values: list[Any],
+    codes: Any,
+    scales: Any,
+    sums: Any,
+    row: Any,
+    number: Any,
+) -> None:
+    """Write the codes, scale and sums of group `number` of a row, given as vectors."""
+    vtype, wide = vector(isa, "float32"), vector(isa, "int32")
+    sizes = [T.bind(T.call_llvm_pure_intrin(vtype, "llvm.fabs", value)) for value in values]
+    while len(sizes) > 1:
+        pairs = zip(sizes[::2], sizes[1::2], strict=True)
+        sizes = [T.bind(T.call_llvm_pure_intrin(vtype, "llvm.maximum", a, b)) for a, b in pairs]
+    # This maximum keeps a NaN: damaged weights must still show as logits that are not finite.
+    top = T.bind(T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmaximum", sizes[0]))
+    scale = T.bind(top / T.float32(TOP))
+    T.buffer_store(scales, scale, [row, number])
+    zero = T.float32(0)
+    inverse = T.bind(T.Select(top > zero, T.float32(TOP) / top, zero))
+    first, found = number * GROUP, []
+    for i, value in enumerate(values):
+        near = T.call_llvm_pure_intrin(vtype, "llvm.rint", value * splat(inverse, isa.lanes))
+        code = T.bind(T.cast(near, wide))
+        found.append(code)
+        at = lanes_from(first + i * isa.lanes, isa.lanes)
+        T.buffer_store(codes, T.cast(code, vector(isa, "int8")), [row, at])
+    pieces = GROUP // kind.piece
+    for i in range(pieces):
+        if kind.piece % isa.lanes == 0:
+            each = len(found) // pieces
+            total = _lane_sum(wide, tree_sum(found[i * each : (i + 1) * each]))
+        else:
+            columns = range(i * kind.piece, (i + 1) * kind.piece)
+            total = tree_sum([T.cast(codes[row, first + c], "int32") for c in columns])
+        if kind.sums == "float32":
+            total = T.cast(total, "float32") * scale
+        T.buffer_store(sums, total, [row, number * pieces + i])
+
+
+def _lane_sum(wide: str, values: Any) -> Any:
+    return T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", T.reinterpret(wide, values))
