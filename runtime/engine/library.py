@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,8 +44,7 @@ class Library:
         try:
             # Kept: the functions live in the module's code.
             self._module = _load_module(self.ffi, path)
-            self.vm = self._module["vm_load_executable"]()
-            self.vm["vm_initialization"](tvm_runtime.KDL_CPU, 0, POOLED_ALLOCATOR)
+            self.vm = self._start()
             text = str(self.vm["_metadata"]())
         except (AttributeError, RuntimeError, OSError, ValueError) as err:
             raise QccError(
@@ -54,6 +54,25 @@ class Library:
         self.metadata = Metadata.parse(text, str(path))
         self._reshape = tvm_runtime.global_function("vm.builtin.reshape")
         self.params: Any = None
+
+    def _start(self) -> Any:
+        vm = self._module["vm_load_executable"]()
+        vm["vm_initialization"](tvm_runtime.KDL_CPU, 0, POOLED_ALLOCATOR)
+        return vm
+
+    @contextmanager
+    def watched(self, instrument: Callable[..., int]) -> Iterator[None]:
+        """Within, TVM calls instrument(function, name, before, result, *arguments) around each call
+        that a compiled function makes.
+
+        On a virtual machine of its own: no instrument can be taken off again.
+        """
+        usual, self.vm = self.vm, self._start()
+        try:
+            self.vm["set_instrument"](self.ffi.convert(instrument))
+            yield
+        finally:
+            self.vm = usual
 
     def bind(self, slots: Sequence[Any]) -> None:
         """Set the packed parameter tuple: tensors in the order of `metadata.slots`."""
