@@ -115,8 +115,7 @@ def profile(step: Step, step_seconds: float, depth: int, sizes: Sizes) -> dict[s
     for name, calls in groups.items():
         seconds = sum(call.seconds for call in calls)
         size = sum(kv if c.is_attention else sizes.weight_bytes(c.slots) for c in calls)
-        slots = {sizes.meta.slots[slot] for c in calls for slot in c.slots}
-        names = {_place(slot.type.name) for slot in slots if slot.stored}
+        names = {_place(sizes.meta.slots[slot].type.name) for c in calls for slot in c.slots}
         kernels.append(
             {
                 "kernel": name,

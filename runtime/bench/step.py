@@ -101,7 +101,9 @@ class Watch:
         if before:
             tensors = [arg for arg in args if hasattr(arg, "data_ptr")]
             is_kernel = not name.startswith("vm.") and any(t.dtype != "int64" for t in tensors)
-            slots = {self._at[t.data_ptr()]: 1.0 for t in tensors if t.data_ptr() in self._at}
+            found = [self._at[t.data_ptr()] for t in tensors if t.data_ptr() in self._at]
+            # What has no stored tensors is no weight but a setting.
+            slots = {slot: 1.0 for slot in found if self.slots[slot].stored}
             for slot in slots:
                 if EXPERTS in self.slots[slot].type.name:
                     slots[slot] = self._experts_share(slot, tensors)

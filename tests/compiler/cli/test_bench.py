@@ -57,7 +57,7 @@ def test_a_step_reads_what_its_names_say(llm: Any) -> None:
             return 1 / VOCABULARY
         return USED / EXPERTS if ".experts." in name else 1.0
 
-    expected = {i: share(slot.type.name) for i, slot in enumerate(meta.slots)}
+    expected = {i: share(slot.type.name) for i, slot in enumerate(meta.slots) if slot.stored}
     assert step.shares() == pytest.approx(expected)
     heads = HIDDEN * 16 * (4 + 2 * 2) + 4 * 16 * HIDDEN
     layer = heads + EXPERTS * HIDDEN + USED * 3 * HIDDEN * MLP

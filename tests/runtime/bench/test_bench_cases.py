@@ -151,18 +151,17 @@ SLOTS = {
     "model.layers.0.mlp.q_scale": ((64, 1), "float16", {"bits": 4, "group": 32}),
     "model.layers.0.norm.weight": ((32,), "float32", {"bits": 32}),
     "lm_head.weight": ((50, 32), "float32", {"bits": 32}),
-    "precision": ((1,), "int32", None),
 }
 
 
 def sizes(**changes: Any) -> Sizes:
     slots = [
-        Slot(TensorType(name, shape, dtype), (name,) if fields else (), None)
-        for name, (shape, dtype, fields) in SLOTS.items()
+        Slot(TensorType(name, shape, dtype), (name,), None)
+        for name, (shape, dtype, _) in SLOTS.items()
     ]
     fields = {"slots": slots, "vocab_size": 50, "kv_token_bytes": 100, "sliding_window_size": -1}
     records = {name: SimpleNamespace(shape=shape) for name, (shape, *_) in SLOTS.items()}
-    tensors = {name: formats for name, (*_, formats) in SLOTS.items() if formats}
+    tensors = {name: formats for name, (*_, formats) in SLOTS.items()}
     artifact = SimpleNamespace(records=records, manifest=SimpleNamespace(tensors=tensors))
     return Sizes(artifact, SimpleNamespace(**{**fields, **changes}))  # type: ignore[arg-type]
 
@@ -170,14 +169,14 @@ def sizes(**changes: Any) -> Sizes:
 LOOKUP = (Call("table_rows", 1e-6, {0: 1 / 50}, True),)
 CALLS = (
     Call("vm.builtin.alloc_tensor", 1e-6, {}, False),
-    Call("gemv", 2e-3, {1: 1.0, 2: 1.0, 5: 1.0}, True),
+    Call("gemv", 2e-3, {1: 1.0, 2: 1.0}, True),
     Call("vm.builtin.attention_kv_cache_attention_with_fused_qkv", 1e-3, {}, False),
     Call("gemv", 1e-3, {4: 1.0}, True),
     Call("norm", 1e-4, {3: 1.0}, True),
 )
 STEP = Step(1, LOOKUP, CALLS)
-# One row of the embedding, codes and scales, a norm, the head, the setting.
-WEIGHTS = 16 + 1024 + 128 + 128 + 6400 + 4
+# One row of the embedding, codes and scales, a norm, the head.
+WEIGHTS = 16 + 1024 + 128 + 128 + 6400
 
 
 def test_figures_of_a_decode() -> None:
@@ -216,7 +215,7 @@ def test_a_profile_groups_kernels() -> None:
         *("gemv", "attention_kv_cache_attention_with_fused_qkv", "norm", "table_rows")
     ]
     gemv, attention, norm, rows = found["kernels"]
-    assert (gemv["calls"], gemv["ms"], gemv["bytes"]) == (2, 3.0, 1024 + 128 + 4 + 6400)
+    assert (gemv["calls"], gemv["ms"], gemv["bytes"]) == (2, 3.0, 1024 + 128 + 6400)
     assert gemv["GB_s"] == pytest.approx(gemv["bytes"] / 3e-3 / 1e9, abs=5e-3)
     assert gemv["weights"] == ["lm_head", "mlp"]
     assert gemv["share"] == 0.6
