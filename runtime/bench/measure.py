@@ -109,14 +109,19 @@ def measure(
     """Time `repeats` runs after one that warms up; `ran` is called after each of them."""
     seconds = []
     for _ in range(repeats + 1):
-        seqs = contexts.hold(case.batch, case.depth)
-        tokens = contexts.tokens(case.tokens if case.kind == "prefill" else case.batch)
-        start = time.perf_counter()
-        if case.kind == "prefill":
-            contexts.append(seqs[0], tokens)
-        else:
-            for _ in range(case.tokens):
-                tokens = contexts.step(seqs, tokens)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(run_case(contexts, case))
         ran()
     return Timing(case, tuple(seconds[1:]))
+
+
+def run_case(contexts: Contexts, case: Case) -> float:
+    """Seconds of one run, its contexts made ready before the clock starts."""
+    seqs = contexts.hold(case.batch, case.depth)
+    tokens = contexts.tokens(case.tokens if case.kind == "prefill" else case.batch)
+    start = time.perf_counter()
+    if case.kind == "prefill":
+        contexts.append(seqs[0], tokens)
+    else:
+        for _ in range(case.tokens):
+            tokens = contexts.step(seqs, tokens)
+    return time.perf_counter() - start

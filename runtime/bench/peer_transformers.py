@@ -1,16 +1,15 @@
-"""The peer: a checkpoint in transformers, bf16 on the CPU, greedy with its KV cache."""
+"""A checkpoint in transformers, bf16 on the CPU, greedy with its KV cache."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 
-class TransformersPeer:
-    """A causal model in torch on `threads` threads."""
+class Peer:
+    """A causal model in torch; see peer_serve. The only kind is bf16."""
 
-    def __init__(self, checkpoint: str, threads: int) -> None:
-        """Load the checkpoint in bf16."""
+    def __init__(self, checkpoint: str, kind: str, folder: str, threads: int) -> None:
+        """Load the checkpoint."""
         import torch
         import transformers
 
@@ -21,16 +20,20 @@ class TransformersPeer:
             checkpoint, dtype=torch.bfloat16
         )
 
-    def measure(self, prompt: Sequence[int], generate: int) -> tuple[float, float]:
-        """(prefill tok/s, decode tok/s) of one run."""
+    def run(self, case: str, tokens: int, depth: int) -> float:
+        """See peer_serve."""
         torch = self.torch
+        ids = torch.randint(3, self.model.config.vocab_size, (1, depth + tokens))
         with torch.inference_mode():
+            cache = None
+            if depth:
+                cache = self.model(ids[:, :depth], logits_to_keep=1).past_key_values
             start = time.perf_counter()
-            out = self.model(torch.tensor([list(prompt)]), logits_to_keep=1)
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            first = time.perf_counter()
-            for _ in range(generate):
-                out = self.model(token, past_key_values=out.past_key_values)
-                token = out.logits[:, -1].argmax(-1, keepdim=True)
-            end = time.perf_counter()
-        return len(prompt) / (first - start), generate / (end - first)
+            if case == "prefill":
+                self.model(ids[:, depth:], past_key_values=cache, logits_to_keep=1)
+                return time.perf_counter() - start
+            token = ids[:, depth : depth + 1]
+            for _ in range(tokens):
+                out = self.model(token, past_key_values=cache)
+                token, cache = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+            return time.perf_counter() - start
