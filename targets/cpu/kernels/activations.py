@@ -1,14 +1,15 @@
-"""Activations as the int8 kernels take them: codes, scales and sums of codes, made once a row.
+"""Activations as the low-precision kernels take them, made once for all weights they multiply.
 
-Of each row and each GROUP columns (the last group padded with 0):
+Few rows, as int8. Of each row and each GROUP columns (the last group padded with 0):
     scale = max|x| / 127,  code = round_half_even(x * 127 / max|x|)
 The sums of the codes of each piece of columns go with them, for what a weight's zero or bias adds:
 int32 sums, or f32 sums times the scale. A piece lies within one group of x and one of the weight.
+Many rows, where the processor has tiles: as bf16 tiles of 16 rows and 32 columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import gcd
@@ -33,7 +34,10 @@ from qcc.targets.cpu.kernels.tir import (
 
 GROUP = UNIT  # columns under one scale
 TOP = 127
-FEW_ROWS = 4  # rows of so few are not worth a parallel region
+FEW_ROWS = 4  # so few rows are not worth a parallel region
+ROWS, COLUMNS = 16, 32  # of a tile
+WORDS = ROWS * COLUMNS // 2  # 32-bit words of a tile
+TILES_FROM = 13  # rows of x for which expanding weights to tiles pays
 HIGH, LOW, TILES = (
     0,
     1,
@@ -45,51 +49,72 @@ HIGH, LOW, TILES = (
 class Activations:
     """How the activations of weights with k columns are prepared; equal ones are shared.
 
-    `piece` columns under one sum, `sums` the dtype of the sums.
+    `piece` columns under one sum, `sums` the dtype of the sums; None: a float weight takes no
+    codes. `tiles`: many rows become tiles.
     """
 
     k: int
     piece: int
-    sums: str
+    sums: str | None
+    tiles: bool
 
     @classmethod
-    def of(cls, fmt: WeightFormat, k: int) -> Activations:
-        """What the kernels of a quantized format need."""
+    def of(cls, fmt: WeightFormat, k: int, single: bool, isa: Isa) -> Activations | None:
+        """What the kernels of a format need for one row or for any number; None: only x."""
+        tiles = isa.tiles and not single and fmt.bits < 32
+        if fmt.is_float or isa.dot is None:
+            return cls(k, GROUP, None, True) if tiles else None
         exact = fmt.grid in ("symmetric", "mxfp4")
         piece = gcd(steps_of(fmt, k).segment, GROUP)
-        return cls(k, piece, "int32" if exact else "float32")
+        return cls(k, piece, "int32" if exact else "float32", tiles)
 
     @property
-    def padded(self) -> int:
-        """Columns of the codes."""
-        return -(-self.k // GROUP) * GROUP
+    def groups(self) -> int:
+        """Groups of a row, which is padded to whole ones."""
+        return -(-self.k // GROUP)
 
-    def parts(self, rows: Any) -> list[tuple[str, tuple[Any, Any], str]]:
+    def parts(self, rows: Any) -> list[tuple[str, tuple[Any, ...], str]]:
         """(name, shape, dtype) of what `prepare` writes."""
-        return [
-            ("codes", (rows, self.padded), "int8"),
-            ("scales", (rows, self.padded // GROUP), "float32"),
-            ("sums", (rows, self.padded // self.piece), self.sums),
-        ]
+        found: list[tuple[str, tuple[Any, ...], str]] = []
+        if self.sums is not None:
+            found = [
+                ("codes", (rows, self.groups * GROUP), "int8"),
+                ("scales", (rows, self.groups), "float32"),
+                ("sums", (rows, self.groups * GROUP // self.piece), self.sums),
+            ]
+        if self.tiles:
+            row_tiles = tirx.floordiv(rows + ROWS - 1, ROWS)
+            found.append(("tiles", (row_tiles, self.groups, WORDS), "uint32"))
+        return found
 
 
 @cache
 def prepare(kind: Activations, rows: int | None, isa: Isa) -> tirx.PrimFunc:
-    """PrimFunc (x f32[m, k], mode int32[1]) -> codes, scales, sums; nothing in mode HIGH.
+    """PrimFunc (x f32[m, k], mode int32[1]) -> `kind.parts`; nothing in mode HIGH.
 
-    `rows` None: any m.
+    `rows` None: any m. What a run does not multiply with is not written.
     """
     m = tirx.Var("m", "int64") if rows is None else rows
+    written = kind.parts(m)
 
-    def body(x: Any, mode: Any, codes: Any, scales: Any, sums: Any) -> None:
-        def one_row(row: Any) -> None:
-            _row(kind, isa, x, codes, scales, sums, row)
+    def body(x: Any, mode: Any, *found: Any) -> None:
+        def codes() -> None:
+            if kind.sums is not None:
+                _for_rows(m, lambda row: _row_codes(kind, isa, x, found[:3], row))
 
         with T.If(mode[0] != HIGH), T.Then():
-            _for_rows(m, one_row)
+            if not kind.tiles:
+                codes()
+                return
+            with T.If(tirx.all(mode[0] == TILES, m >= TILES_FROM)):
+                with T.Then():
+                    _tiles(kind, isa, x, found[-1], m)
+                with T.Else():
+                    codes()
 
-    args = [("x", (m, kind.k), "float32"), ("mode", (1,), "int32"), *kind.parts(m)]
-    return kernel("quantize_activation", args, body, {ROLE: QUANTIZE_ACTIVATION}, outputs=3)
+    args = [("x", (m, kind.k), "float32"), ("mode", (1,), "int32"), *written]
+    attrs = {ROLE: QUANTIZE_ACTIVATION}
+    return kernel("quantize_activation", args, body, attrs, outputs=len(written))
 
 
 def _for_rows(rows: Any, body: Callable[[Any], None]) -> None:
@@ -105,12 +130,14 @@ def _for_rows(rows: Any, body: Callable[[Any], None]) -> None:
             body(row)
 
 
-def _row(kind: Activations, isa: Isa, x: Any, codes: Any, scales: Any, sums: Any, row: Any) -> None:
+def _for_groups(
+    kind: Activations, isa: Isa, x: Any, row: Any, body: Callable[[list[Any], Any], None]
+) -> None:
+    """body(f32 vectors of GROUP columns, number of the group) for each group of a row of x."""
     whole = kind.k // GROUP
 
     def group(source: Callable[[int], Any], number: Any) -> None:
-        values = [T.bind(source(at)) for at in range(0, GROUP, isa.lanes)]
-        _group(kind, isa, values, codes, scales, sums, row, number)
+        body([T.bind(source(at)) for at in range(0, GROUP, isa.lanes)], number)
 
     if whole:
         with serial(whole) as number:
@@ -124,6 +151,32 @@ def _row(kind: Activations, isa: Isa, x: Any, codes: Any, scales: Any, sums: Any
         group(lambda at: tail[lanes_from(at, isa.lanes)], i64(whole))
 
 
+def _tiles(kind: Activations, isa: Isa, x: Any, tiles: Any, rows: Any) -> None:
+    """Round all rows of x to bf16 tiles; what pads the last tile is left as it is."""
+    with parallel(tirx.floordiv(rows + ROWS - 1, ROWS)) as tile:
+        first = tile * ROWS
+        with serial(T.min(i64(ROWS), rows - first)) as row:
+
+            def group(values: list[Any], number: Any, row: Any = row) -> None:
+                low, high = values
+                name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+                both = T.call_llvm_pure_intrin("bfloat16x32", name, high, low)
+                words = T.reinterpret("uint32x16", both)
+                at = lanes_from(row * (COLUMNS // 2), isa.lanes)
+                T.buffer_store(tiles, words, [tile, number, at])
+
+            _for_groups(kind, isa, x, first + row, group)
+
+
+def _row_codes(kind: Activations, isa: Isa, x: Any, found: Sequence[Any], row: Any) -> None:
+    codes, scales, sums = found
+
+    def group(values: list[Any], number: Any) -> None:
+        _group(kind, isa, values, codes, scales, sums, row, number)
+
+    _for_groups(kind, isa, x, row, group)
+
+
 def _group(
     kind: Activations,
     isa: Isa,
@@ -134,7 +187,7 @@ def _group(
     row: Any,
     number: Any,
 ) -> None:
-    """Write the codes, scale and sums of group `number` of a row, given as vectors."""
+    """Write the codes, scale and sums of group `number` of a row, given as f32 vectors."""
     vtype, wide = vector(isa, "float32"), vector(isa, "int32")
     sizes = [T.bind(T.call_llvm_pure_intrin(vtype, "llvm.fabs", value)) for value in values]
     while len(sizes) > 1:

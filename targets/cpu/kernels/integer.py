@@ -46,7 +46,8 @@ def integer_products(
 
     A block is L rows of the weight; `rows` are int64 expressions.
     """
-    steps, kind = steps_of(fmt, k), Activations.of(fmt, k)
+    steps, kind = steps_of(fmt, k), Activations.of(fmt, k, len(rows) == 1, isa)
+    assert kind is not None, f"{fmt} takes no codes"
     totals = registers(len(rows), isa.lanes)
     for total in totals:
         T.buffer_store(total, zeros(isa.lanes), [0])

@@ -1,12 +1,13 @@
 """y = x @ W.T over repacked weights: which inner loop runs, by the precision and the rows of x.
 
-A quantized weight's kernels take x twice, as it is and as `activations.prepare` leaves it, and
-`mode` int32[1], which the runtime sets: HIGH multiplies x itself, LOW its int8 codes.
+The kernels take x twice, as it is and as `activations.prepare` leaves it (which for a float weight
+and few rows is nothing), and `mode` int32[1], which the runtime sets: HIGH multiplies x itself, LOW
+its int8 codes, TILES the bf16 tiles of many rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,31 +17,28 @@ from tvm.tirx.script.builder import ir as T
 from qcc.quant_schemes.attributes import LINEAR, ROLE
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa
-from qcc.targets.cpu.kernels.activations import HIGH, Activations
+from qcc.targets.cpu.kernels.activations import HIGH, TILES, TILES_FROM, Activations
 from qcc.targets.cpu.kernels.gemm import Rows, multiply_panel
 from qcc.targets.cpu.kernels.gemv import products, store_lanes, sums_of
 from qcc.targets.cpu.kernels.integer import integer_products
 from qcc.targets.cpu.kernels.layout import packed_parts, row_blocks
+from qcc.targets.cpu.kernels.tiles import tile_gemm
 from qcc.targets.cpu.kernels.tir import i64, kernel, parallel, serial
 
 ROW_TILES = (4, 8)  # rows of x that share unpacked codes; the last for any number
 
 
-def takes_codes(fmt: WeightFormat, isa: Isa) -> bool:
-    """Whether the kernels of a weight take prepared activations and `mode` after x."""
-    return not fmt.is_float and isa.dot is not None
-
-
 def _arguments(fmt: WeightFormat, n: int, k: int, isa: Isa, rows: Any) -> list[Any]:
     found: list[Any] = [("x", (rows, k), "float32")]
-    if takes_codes(fmt, isa):
-        found += [*Activations.of(fmt, k).parts(rows), ("mode", (1,), "int32")]
+    kind = Activations.of(fmt, k, rows == 1, isa)
+    if kind is not None:
+        found += [*kind.parts(rows), ("mode", (1,), "int32")]
     return [*found, *packed_parts(fmt, n, k, isa), ("y", (rows, n), "float32")]
 
 
 @cache
 def gemv(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
-    """PrimFunc (x f32[1, k], [codes, scales, sums, mode], parts) -> y f32[1, n]."""
+    """PrimFunc (x f32[1, k], [prepared, mode], parts) -> y f32[1, n]."""
     blocks = -(-n // isa.lanes)
 
     def high(x: Any, parts: list[Any], out: Any) -> None:
@@ -49,40 +47,81 @@ def gemv(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
             value = products(isa, fmt, k, parts, block, x, i64(0), sums, i64(0))
             store_lanes(isa, out, i64(0), block * isa.lanes, n, value)
 
-    def low(activations: list[Any], parts: list[Any], out: Any) -> None:
-        with parallel(blocks) as block:
-            (value,) = integer_products(isa, fmt, k, parts, block, activations, [i64(0)])
-            store_lanes(isa, out, i64(0), block * isa.lanes, n, value)
+    def body(x: Any, *rest: Any) -> None:
+        *given, out = rest
+        if Activations.of(fmt, k, True, isa) is None:
+            high(x, given, out)
+            return
+        codes, scales, sums, mode, *parts = given
+        with T.If(mode[0] == HIGH):
+            with T.Then():
+                high(x, parts, out)
+            with T.Else(), parallel(blocks) as block:
+                prepared = [codes, scales, sums]
+                (value,) = integer_products(isa, fmt, k, parts, block, prepared, [i64(0)])
+                store_lanes(isa, out, i64(0), block * isa.lanes, n, value)
 
-    return _kernel("gemv", fmt, n, k, isa, 1, high, low)
+    return kernel("gemv", _arguments(fmt, n, k, isa, 1), body, {ROLE: LINEAR})
 
 
 @cache
 def gemm(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
-    """PrimFunc (x f32[m, k], [codes, scales, sums, mode], parts) -> y f32[m, n], any m."""
+    """PrimFunc (x f32[m, k], [prepared, mode], parts) -> y f32[m, n], any m."""
     rows = tirx.Var("m", "int64")
+    kind = Activations.of(fmt, k, False, isa)
 
     def high(x: Any, parts: list[Any], out: Any) -> None:
         with parallel(row_blocks(n, isa) // isa.tile_n) as panel:
             multiply_panel(isa, fmt, n, k, parts, x, out, panel, panel * isa.tile_n, Rows(rows))
 
-    def low(activations: list[Any], parts: list[Any], out: Any) -> None:
+    def low(x: Any, prepared: list[Any], parts: list[Any], out: Any) -> None:
+        if kind is None or kind.sums is None:
+            high(x, parts, out)
+            return
         few, many = ROW_TILES
         with T.If(rows <= few):
             with T.Then():
-                by_rows(few, activations, parts, out)
+                by_rows(few, prepared[:3], parts, out)
             with T.Else():
-                by_rows(many, activations, parts, out)
+                by_rows(many, prepared[:3], parts, out)
 
-    def by_rows(tile: int, activations: list[Any], parts: list[Any], out: Any) -> None:
+    def by_rows(tile: int, codes: list[Any], parts: list[Any], out: Any) -> None:
         with parallel(-(-n // isa.lanes)) as block:
             with serial(tirx.floordiv(rows + tile - 1, tile)) as number:
                 first = number * tile
                 sources = [T.bind(T.min(first + i, rows - 1)) for i in range(tile)]
-                values = integer_products(isa, fmt, k, parts, block, activations, sources)
+                values = integer_products(isa, fmt, k, parts, block, codes, sources)
                 _store_rows(isa, out, first, rows, block * isa.lanes, n, values)
 
-    return _kernel("gemm", fmt, n, k, isa, rows, high, low)
+    def body(x: Any, *rest: Any) -> None:
+        *given, out = rest
+        if kind is None:
+            high(x, given, out)
+            return
+        count = len(kind.parts(1))
+        prepared, mode, parts = given[:count], given[count], given[count + 1 :]
+        choices = [(mode[0] == HIGH, lambda: high(x, parts, out))]
+        if kind.tiles:
+            many = tirx.all(mode[0] == TILES, rows >= TILES_FROM)
+            choices.append(
+                (many, lambda: tile_gemm(isa, fmt, n, k, prepared[-1], parts, out, rows))
+            )
+        _choose(choices, lambda: low(x, prepared, parts, out))
+
+    return kernel("gemm", _arguments(fmt, n, k, isa, rows), body, {ROLE: LINEAR})
+
+
+def _choose(choices: Sequence[tuple[Any, Callable[[], None]]], last: Callable[[], None]) -> None:
+    """Emit the first whose condition holds, or the last."""
+    if not choices:
+        last()
+        return
+    (condition, emit), *others = choices
+    with T.If(condition):
+        with T.Then():
+            emit()
+        with T.Else():
+            _choose(others, last)
 
 
 def _store_rows(
@@ -92,23 +131,3 @@ def _store_rows(
     for i, value in enumerate(values):
         with T.If(first + i < rows), T.Then():
             store_lanes(isa, out, first + i, column, n, value)
-
-
-def _kernel(
-    name: str, fmt: WeightFormat, n: int, k: int, isa: Isa, rows: Any, high: Any, low: Any
-) -> tirx.PrimFunc:
-    """The PrimFunc that runs `high` or, where there are codes and the mode says so, `low`."""
-
-    def body(x: Any, *rest: Any) -> None:
-        *given, out = rest
-        if not takes_codes(fmt, isa):
-            high(x, given, out)
-            return
-        codes, scales, sums, mode, *parts = given
-        with T.If(mode[0] == HIGH):
-            with T.Then():
-                high(x, parts, out)
-            with T.Else():
-                low([codes, scales, sums], parts, out)
-
-    return kernel(name, _arguments(fmt, n, k, isa, rows), body, {ROLE: LINEAR})

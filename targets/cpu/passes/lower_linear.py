@@ -29,7 +29,7 @@ from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels import layout
 from qcc.targets.cpu.kernels.activations import Activations, prepare
 from qcc.targets.cpu.kernels.experts import expert_order, experts_gemm, experts_gemv
-from qcc.targets.cpu.kernels.linear import gemm, gemv, takes_codes
+from qcc.targets.cpu.kernels.linear import gemm, gemv
 from qcc.targets.cpu.kernels.setting import PRECISION, setting
 from qcc.targets.cpu.kernels.table_rows import table_rows
 from qcc.targets.matching import (
@@ -148,17 +148,20 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
             flat = rx.op.reshape(self.visit_expr(x), (rows, match.k))
             self.flat[x] = self.builder_.emit(flat)
         flat = self.flat[x]
-        if not takes_codes(match.format, self.isa):
+        single = _is_one(rows)
+        kind = Activations.of(match.format, match.k, single, self.isa)
+        if kind is None:
             return [flat]
-        kind = Activations.of(match.format, match.k)
         if (x, kind) not in self.prepared:
-            func = prepare(kind, 1 if _is_one(rows) else None, self.isa)
+            func = prepare(kind, 1 if single else None, self.isa)
             gv = self._add(func, "prepare")
             types = [rx.TensorType(shape, dtype) for _, shape, dtype in kind.parts(rows)]
-            made = self.builder_.emit(rx.call_tir(gv, [flat, self._mode()], out_ty=types))
-            self.prepared[x, kind] = [
-                self.builder_.emit(rx.TupleGetItem(made, i)) for i in range(len(types))
-            ]
+            made = self.builder_.emit(
+                rx.call_tir(gv, [flat, self._mode()], out_ty=types[0] if len(types) == 1 else types)
+            )
+            alone = len(types) == 1  # call_tir returns one output by itself
+            parts = [made] if alone else [rx.TupleGetItem(made, i) for i in range(len(types))]
+            self.prepared[x, kind] = [self.builder_.emit(part) for part in parts]
         return [flat, *self.prepared[x, kind], self._mode()]
 
     def _mode(self) -> Any:
