@@ -15,13 +15,14 @@ from typing import Any
 
 from qcc.runtime.errors import QccError
 
+# What brings an engine into an environment of its own, which --python or @PYTHON names.
 INSTALL = {
-    "llama_cpp": "pip install gguf numpy; CC=clang CXX=clang++ CMAKE_ARGS='-DGGML_NATIVE=ON "
-    "-DLLAVA_BUILD=OFF' pip install --no-binary llama-cpp-python llama-cpp-python (clang: gcc 12 "
-    "drops stores of an AMX tile configuration)",
+    "llama_cpp": "CC=clang CXX=clang++ CMAKE_ARGS='-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF' pip install "
+    "--no-binary llama-cpp-python llama-cpp-python gguf (gcc 12 drops the stores of an AMX tile "
+    "configuration)",
     "openvino": "pip install openvino-genai openvino-tokenizers optimum-intel nncf torch",
     "mnn": "pip install MNN llmexport 'transformers<5' torch",
-    "transformers": "pip install torch transformers",
+    "transformers": "pip install transformers torch",
 }
 Case = tuple[str, int, int]  # kind, tokens, depth
 # Threads of some engines wait actively for a while after their work: the next one shall not pay.

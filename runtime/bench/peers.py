@@ -1,7 +1,7 @@
 """qcc beside other engines, on the same checkpoint, turn by turn in one run.
 
     python -m qcc.runtime.bench.peers CHECKPOINT --qcc ARTIFACT --python VENV/bin/python \\
-        --peer llama_cpp:Q4_0 --peer openvino:int4 --files FOLDER
+        --peer llama_cpp:Q4_0 --peer openvino:int4 --peer mnn:int4@OTHER/bin/python --files FOLDER
 
 Every engine is a process of its own that stays alive; one run of one case at a time, each engine in
 its turn, so that what disturbs the machine disturbs them alike. Prompts are random token ids,
