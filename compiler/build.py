@@ -18,7 +18,13 @@ from qcc.quant_schemes.errors import SchemeError
 from qcc.quant_schemes.format import FLOAT_DTYPES, WeightFormat
 from qcc.quant_schemes.scheme import Scheme
 from qcc.runtime.errors import QccError
-from qcc.targets.spec import PAGE_SIZE, BuildOptions, KVCacheConfig, TargetSpec
+from qcc.targets.spec import (
+    PAGE_SIZE,
+    BuildOptions,
+    KVCacheConfig,
+    KVStorage,
+    TargetSpec,
+)
 
 METADATA_FORMAT = 1
 
@@ -164,7 +170,7 @@ def quantized_module(
     else:
         passes = pipeline.front_end(
             *stored,
-            AttachKVCache(kv, kernels),
+            AttachKVCache(kv, kernels, spec.kv_storages(kv)),
             AttachSampling(plan.config.vocab_size, plan.sizes.max_batch_size),
             AttachLogitProcessing(plan.config.vocab_size),
         )
@@ -198,6 +204,7 @@ def build_library(
         return made
 
     bounds = {"n": plan.sizes.prefill_chunk_size, "b": plan.sizes.max_batch_size}
+    bounds["kv"] = max(storage.num_attention_heads for storage in _storages(plan, spec))
     passes = pipeline.lowering(
         bounds,
         spec.passes("lower", target, options.opt),
@@ -263,7 +270,14 @@ def _metadata(
             "target": spec.name,
             "arch": arch,
             "compute_dtype": dtype,
-            "kv_dtype": dtype,
+            "extents": hoist.extents,
+            "kv_storages": {
+                storage.name: {
+                    "query_heads": storage.num_attention_heads,
+                    "token_values": 2 * storage.num_key_value_heads * storage.head_dim,
+                }
+                for storage in _storages(plan, spec)
+            },
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
             "page_size": PAGE_SIZE,
@@ -273,6 +287,14 @@ def _metadata(
             "rope": dataclasses.asdict(config.rope),
         },
     }
+
+
+def _storages(plan: Plan, spec: TargetSpec) -> tuple[KVStorage, ...]:
+    """How the KV cache can keep keys and values, the default first."""
+    kv = kv_cache_config(plan, spec.compute_dtype or plan.scheme.dtype)
+    name = {"float32": "f32", "float16": "f16"}.get(kv.dtype, kv.dtype)
+    plain = KVStorage(name, kv.num_attention_heads, kv.num_key_value_heads, kv.head_dim)
+    return spec.kv_storages(kv) or (plain,)
 
 
 def _state_kind(plan: Plan) -> str:

@@ -60,6 +60,21 @@ class KVCacheConfig:
 
 
 @dataclass(frozen=True)
+class KVStorage:
+    """How a cache keeps keys and values (f32, f16 or int8), in the numbers that TVM is told.
+
+    For TVM everything is of the compute dtype. The product of num_key_value_heads and head_dim is
+    what a token's keys take of it, as the kernels pack them, and (num_attention_heads + 2 *
+    num_key_value_heads) * head_dim is what q, k and v together have.
+    """
+
+    name: str
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class KVKernels:
     """The PrimFuncs that TVM's paged KV cache calls, in the arguments' order of its constructor.
 
@@ -100,8 +115,10 @@ class TargetSpec:
     `resolve(options)` returns the tvm.target.Target and the library's suffix (`<target>[-<arch>]`);
     `passes(phase, target, opt)` the target's own passes of a phase of the pipeline;
     `requires(target)` what a machine must have to run its code, as runtime.machine reads it;
-    `kv_kernels(config, target)` the attention kernels; `export(executable, path, options)` writes
-    the library; `needless_passes` names steps of TVM's lowering that cost time and change nothing.
+    `kv_kernels(config, target)` the attention kernels; `kv_storages(config)` how a cache can keep
+    its numbers, that of the compute dtype first (none: there is no choice);
+    `export(executable, path, options)` writes the library; `needless_passes` names steps of TVM's
+    lowering that cost time and change nothing.
     """
 
     name: str
@@ -115,3 +132,4 @@ class TargetSpec:
     kv_kernels: Callable[[KVCacheConfig, Any], KVKernels]
     export: Callable[[Any, Path, BuildOptions], None]
     needless_passes: tuple[str, ...] = ()
+    kv_storages: Callable[[KVCacheConfig], tuple[KVStorage, ...]] = lambda _config: ()

@@ -54,6 +54,12 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         help="tokens of prompt and answer (default: as compiled); less takes less memory",
     )
     add_precision_argument(running)
+    running.add_argument(
+        "--kv",
+        choices=("f32", "f16", "int8"),
+        default=None,
+        help="how the KV cache keeps keys and values (default: f16, f32 with --precision high)",
+    )
     return running
 
 
@@ -120,6 +126,7 @@ def load(args: argparse.Namespace, max_batch_size: int = 1) -> LLM:
             max_batch_size=max_batch_size,
             progress=shown_progress(),
             precision=args.precision,
+            kv=args.kv,
         )
     for warning in caught:
         print(f"qcc: warning: {warning.message}", file=sys.stderr)

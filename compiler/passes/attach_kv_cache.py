@@ -10,15 +10,16 @@ After: the same and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tvm
 from tvm import relax, tirx
 
-from qcc.targets.spec import PAGE_SIZE, KVCacheConfig, KVKernels
+from qcc.targets.spec import PAGE_SIZE, KVCacheConfig, KVKernels, KVStorage
 
-FUNCTION = "create_tir_paged_kv_cache"
+FUNCTION = "create_tir_paged_kv_cache"  # one that has no choice of storage; others add its name
 PARAMETERS = (
     "max_batch_size",
     "max_total_seq_len",
@@ -28,6 +29,11 @@ PARAMETERS = (
 )
 _MHA = 0  # kind of every layer
 _ROPE_NONE, _ROPE_NORMAL, _ROPE_INLINE = 0, 1, 2
+
+
+def function_name(storage: str) -> str:
+    """Of the function that makes a cache of a storage; "": of the compute dtype, as it is."""
+    return f"{FUNCTION}_{storage}" if storage else FUNCTION
 
 
 @tvm.transform.module_pass(opt_level=0, name="AttachKVCache")
@@ -40,29 +46,37 @@ class AttachKVCache:
     argument says; without, a cache asked to support them is refused by the runtime.
     """
 
-    def __init__(self, config: KVCacheConfig, kernels: KVKernels) -> None:
-        self.config, self.kernels = config, kernels
+    def __init__(
+        self, config: KVCacheConfig, kernels: KVKernels, storages: Sequence[KVStorage] = ()
+    ) -> None:
+        self.config, self.kernels, self.storages = config, kernels, storages
 
     def transform_module(self, mod: tvm.IRModule, ctx: Any) -> tvm.IRModule:
         bb = relax.BlockBuilder(mod)
+        c = self.config
+        plain = KVStorage("", c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+        for storage in (plain, *self.storages):
+            self._function(bb, storage)
+        return bb.get()
+
+    def _function(self, bb: Any, storage: KVStorage) -> None:
         sizes: list[Any] = [tirx.Var(name, "int64") for name in PARAMETERS]
         sizes[PARAMETERS.index("page_size")] = tirx.IntImm("int64", PAGE_SIZE)
         params = [
             relax.Var(name, relax.ShapeType([size]))
             for name, size in zip(PARAMETERS, sizes, strict=True)
         ]
-        with bb.function(FUNCTION, params):
+        with bb.function(function_name(storage.name), params):
             cache = bb.emit(
                 relax.call_pure_packed(
                     "vm.builtin.paged_attention_kv_cache_create",
-                    *self._arguments(bb, sizes),
+                    *self._arguments(bb, sizes, storage),
                     ty_args=relax.AnyType(),
                 )
             )
             bb.emit_func_output(cache)
-        return bb.get()
 
-    def _arguments(self, bb: Any, sizes: list[Any]) -> list[Any]:
+    def _arguments(self, bb: Any, sizes: list[Any], storage: KVStorage) -> list[Any]:
         """The arguments of PagedAttentionKVCache's constructor, in its order."""
         c, k = self.config, self.kernels
         sliding = c.sliding_window_size > 0
@@ -79,10 +93,10 @@ class AttachKVCache:
         return [
             relax.ShapeExpr(sizes),
             relax.ShapeExpr([0, c.num_hidden_layers]),  # layers of the only pipeline stage
-            relax.prim_value(c.num_attention_heads),
-            relax.prim_value(c.num_key_value_heads),
-            relax.prim_value(c.head_dim),  # of q and k
-            relax.prim_value(c.head_dim),  # of v
+            relax.prim_value(storage.num_attention_heads),
+            relax.prim_value(storage.num_key_value_heads),
+            relax.prim_value(storage.head_dim),  # of q and k
+            relax.prim_value(storage.head_dim),  # of v
             relax.ShapeExpr([_MHA] * c.num_hidden_layers),
             relax.prim_value(False),  # no transfer to other machines
             relax.prim_value(mode),

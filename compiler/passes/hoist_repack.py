@@ -5,8 +5,11 @@ After:   p = packed[7]; y = call_tir(gemv, (x, p, ...))     # packed now holds s
          def repack_0(t): return call_tir(repack, (t,))     # exported
 
 Every function takes the same tuple of slots, the union over all functions: a slot is a stored
+Every function takes the same tuple of slots, the union over all functions: a slot is a stored
 tensor as it is, one repack function of stored tensors, or a setting: what call_tir(setting, ())
-stood for, a tensor that the runtime fills. `slots` on the pass holds the table afterwards.
+stood for, a tensor that the runtime fills. `slots` on the pass holds the table afterwards. Behind
+them come the extents (targets/extents.py) that any function reads, one tensor each, whose extent is
+the function's own variable; `extents` holds their names.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ from typing import Any
 
 import tvm
 from tvm import relax as rx
+from tvm import tirx
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
 from qcc.quant_schemes.attributes import REPACK, ROLE, SETTING, SETTING_NAME
 from qcc.targets.matching import weighted_functions
+from qcc.targets.extents import DTYPE, extent_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class HoistRepack:
     def __init__(self) -> None:
         """Start with an empty table."""
         self.slots: list[Slot] = []
+        self.extents: list[str] = []
 
     def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
         """Collect over all functions first, then rewrite each."""
@@ -51,9 +57,9 @@ class HoistRepack:
         for _, func in functions:
             collector.collect(func)
         keys, self.slots = collector.finish()
-        rewrite = _Rewrite(
-            mod, keys, collector.names, [rx.TensorType(s.shape, s.dtype) for s in self.slots]
-        )
+        self.extents = sorted(collector.extents)
+        types = [rx.TensorType(s.shape, s.dtype) for s in self.slots]
+        rewrite = _Rewrite(mod, keys, collector.names, types, self.extents)
         for gv, func in functions:
             rewrite.function(gv, func)
         for name, (gv, types, out) in collector.repack_functions.items():
@@ -94,6 +100,7 @@ class _Collect(PyExprVisitor):  # type: ignore[misc]
         self.repack_functions: dict[str, tuple[Any, list[Any], Any]] = {}
         self.index_of: dict[Any, int] = {}
         self.packed: rx.Var | None = None
+        self.extents: set[str] = set()
 
     def collect(self, func: rx.Function) -> None:
         self.packed = func.params[-1]
@@ -105,6 +112,9 @@ class _Collect(PyExprVisitor):  # type: ignore[misc]
         if index is not None:
             self.index_of[binding.var] = index
             return
+        name = extent_of(binding.value)
+        if name is not None:
+            self.extents.add(name)
         callee = _repack_key(self.mod, binding.value)
         if callee is None:
             super().visit_var_binding_(binding)
@@ -142,22 +152,46 @@ class _Collect(PyExprVisitor):  # type: ignore[misc]
         return by_key, slots
 
 
+def _extents(func: rx.Function) -> dict[str, tirx.Var]:
+    """The variables that a function reads extents into."""
+    raw: dict[Any, str] = {}
+    found: dict[str, tirx.Var] = {}
+    for block in func.body.blocks:
+        for binding in block.bindings:
+            name = extent_of(getattr(binding, "value", None))
+            if name is not None:
+                raw[binding.var] = name
+            elif isinstance(binding, rx.MatchCast) and binding.value in raw:
+                (found[raw[binding.value]],) = binding.ty.shape
+    return found
+
+
 @mutator
 class _Rewrite(PyExprMutator):  # type: ignore[misc]
     def __init__(
-        self, mod: tvm.IRModule, keys: dict[Any, int], names: dict[Any, str], types: list[Any]
+        self,
+        mod: tvm.IRModule,
+        keys: dict[Any, int],
+        names: dict[Any, str],
+        types: list[Any],
+        extents: list[str],
     ) -> None:
         super().__init__(mod)
         self.mod, self.keys, self.names = mod, keys, names
-        self.slot_type = rx.TupleType(types)
+        self.types, self.extents = types, extents
+        # Of the function that is being rewritten.
+        self.read: dict[Any, str] = {}  # variable -> the extent that it holds
         self.index_of: dict[Any, int] = {}
         self.packed: rx.Var | None = None
         self.slots: rx.Var | None = None
 
     def function(self, gv: Any, func: rx.Function) -> None:
         *inputs, self.packed = func.params
-        self.slots = rx.Var(self.packed.name, self.slot_type)
-        self.index_of = {}
+        extents = {name: tirx.Var(name, "int64") for name in self.extents}
+        extents |= _extents(func)
+        sizes = [rx.TensorType((extents[name],), DTYPE) for name in self.extents]
+        self.slots = rx.Var(self.packed.name, rx.TupleType([*self.types, *sizes]))
+        self.index_of, self.read = {}, {}
         self.set_var_remap(self.packed, self.slots)
         body = self.visit_with_new_scope(func.body)
         self.builder_.update_func(
@@ -172,12 +206,20 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
             if key in self.keys:
                 self.set_var_remap(binding.var, self._slot(key))
             return
+        name = extent_of(binding.value)
+        if name is not None:
+            self.read[binding.var] = name
+            return
         callee = _repack_key(self.mod, binding.value)
         if callee is None:
             super().visit_var_binding_(binding)
             return
         sources = tuple(self.index_of[arg] for arg in binding.value.args[1])
         self.set_var_remap(binding.var, self._slot((sources, self.names[callee])))
+
+    def visit_match_cast_(self, binding: rx.MatchCast) -> None:
+        if binding.value not in self.read:  # it stands in the parameter's type
+            super().visit_match_cast_(binding)
 
     def _slot(self, key: Any) -> rx.Expr:
         return self.builder_.emit(rx.TupleGetItem(self.slots, self.keys[key]))

@@ -74,9 +74,21 @@ class Library:
         finally:
             self.vm = usual
 
+    def choose_kv(self, kv: str | None, default: str) -> None:
+        """Choose how caches keep keys and values, before `bind`; None: by default, if there is one.
+
+        Raises:
+            QccError: the library has no such cache.
+        """
+        known = [storage.name for storage in self.metadata.kv_storages]
+        self.metadata = self.metadata.with_kv(kv or (default if default in known else known[0]))
+
     def bind(self, slots: Sequence[Any]) -> None:
-        """Set the packed parameter tuple: tensors in the order of `metadata.slots`."""
-        self.params = self.ffi.convert(list(slots))
+        """Set the packed parameter tuple: tensors in the order of `metadata.slots`, then what was
+        chosen."""
+        chosen = {"kv": self.metadata.kv_storage.query_heads}
+        extents = [np.zeros(chosen[name], np.uint8) for name in self.metadata.extents]
+        self.params = self.ffi.convert([*slots, *map(self.ffi.from_dlpack, extents)])
 
     def repack(self, name: str, stored: Sequence[Any]) -> Any:
         """The slot that function `name` makes of stored tensors."""
@@ -142,12 +154,16 @@ class KVCache:
     def __init__(
         self, library: Library, max_batch_size: int, total_tokens: int, prefill_chunk_size: int
     ) -> None:
-        """Reserve pages for `total_tokens`; memory is touched only as pages fill."""
+        """Reserve pages for `total_tokens`; memory is touched only as pages fill.
+
+        It keeps keys and values as the library's parameters were bound for.
+        """
         meta = library.metadata
         self.sliding = (meta.sliding_window_size, max(meta.attention_sink_size, 0))
         slides = self.sliding[0] > 0
         sizes = (max_batch_size, total_tokens, prefill_chunk_size, meta.page_size, int(slides))
-        make = library.vm["create_tir_paged_kv_cache"]
+        name = "create_tir_paged_kv_cache"
+        make = library.vm[f"{name}_{meta.kv}" if "kv" in meta.extents else name]
         self._shape = library.ffi.Shape
         self.handle = make(*(self._shape((size,)) for size in sizes))
         self.recurrent = (

@@ -44,6 +44,7 @@ class LLM:
         max_batch_size: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         precision: str | None = None,
+        kv: str | None = None,
     ) -> None:
         """Open the artifact and load its library for `device`.
 
@@ -55,6 +56,8 @@ class LLM:
             max_batch_size: sequences at once; None: the library's.
             progress: is told (what, bytes done, bytes in all) of long steps.
             precision: high (float32 activations) or low (int8); None: low.
+            kv: how the KV cache keeps keys and values: f32, f16 or int8; None: f32 where the
+                precision is high, else f16.
 
         Raises:
             QccError: a damaged or unfit artifact, sizes beyond it, too little memory.
@@ -81,6 +84,7 @@ class LLM:
                 max_batch_size,
                 report("repack weights"),
                 precision,
+                kv,
             )
             self.tokenizer = tokenizer.result()
         self.limits = self.model.limits

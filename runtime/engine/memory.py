@@ -118,6 +118,10 @@ def report(meta: Metadata) -> dict[str, Any]:
         "budget": {**asdict(full), "total": full.total},
         "kv_tokens": tokens,
         "kv_bytes_per_token": meta.kv_token_bytes,
+        "kv_caches": {
+            storage.name: budget(meta.with_kv(storage.name), meta.max_batch_size, tokens).kv_cache
+            for storage in meta.kv_storages
+        },
         "state_bytes_per_sequence": meta.state_bytes,
         "memory_usage": dict(meta.memory_usage),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qcc.runtime.errors import QccError
@@ -45,6 +45,17 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class KVStorage:
+    """How a KV cache keeps keys and values: as `token_values` numbers of the compute dtype a token
+    and layer; `query_heads` is what TVM takes the queries for (targets/spec.py).
+    """
+
+    name: str
+    query_heads: int
+    token_values: int
+
+
+@dataclass(frozen=True)
 class Metadata:
     """The fields that the runtime uses. Sizes in tokens; -1 where the library has none."""
 
@@ -59,7 +70,6 @@ class Metadata:
     hidden_size: int
     page_size: int
     compute_dtype: str
-    kv_dtype: str
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -69,6 +79,10 @@ class Metadata:
     params: tuple[TensorType, ...]
     slots: tuple[Slot, ...]
     states: tuple[TensorType, ...] = ()  # of one sequence, besides keys and values
+    # How the KV cache can keep keys and values, the default first, and which it does.
+    kv_storages: tuple[KVStorage, ...] = ()
+    kv: str = ""
+    extents: tuple[str, ...] = ()  # of tensors behind the slots in the packed tuple
 
     @classmethod
     def parse(cls, text: str, where: str) -> Metadata:
@@ -98,17 +112,34 @@ class Metadata:
         """The most tokens of one sequence; None with a sliding window: no limit."""
         return None if self.sliding_window_size > 0 else self.context_window_size
 
+    def with_kv(self, kv: str) -> Metadata:
+        """The same for a cache of storage `kv`.
+
+        Raises:
+            QccError: the library has no such cache.
+        """
+        known = [storage.name for storage in self.kv_storages]
+        if kv not in known:
+            raise QccError(f"--kv {kv}: the library's cache keeps {', '.join(known)}")
+        return replace(self, kv=kv)
+
+    @property
+    def kv_storage(self) -> KVStorage:
+        """The chosen one; of no numbers in a library without a cache."""
+        chosen = (storage for storage in self.kv_storages if storage.name == self.kv)
+        return next(chosen, KVStorage("", 0, 0))
+
     @property
     def kv_token_bytes(self) -> int:
         """Bytes of keys and values of one token, all layers."""
-        per_layer = 2 * self.num_key_value_heads * self.head_dim * DTYPE_BYTES[self.kv_dtype]
-        return self.num_hidden_layers * per_layer
+        values = self.num_hidden_layers * self.kv_storage.token_values
+        return values * DTYPE_BYTES[self.compute_dtype]
 
     @property
     def kv_workspace_bytes(self) -> int:
         """Bytes that the KV cache holds for one chunk: q, k, v, output, two log-sum-exps (f32)."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        per_token = heads * self.head_dim * DTYPE_BYTES[self.kv_dtype]
+        values = 2 * self.num_attention_heads * self.head_dim + self.kv_storage.token_values
+        per_token = values * DTYPE_BYTES[self.compute_dtype]
         return self.prefill_chunk_size * (per_token + 2 * self.num_attention_heads * 4)
 
     @property
@@ -138,15 +169,20 @@ def _sizes(data: dict[str, Any]) -> dict[str, Any]:
 def _kv(data: dict[str, Any]) -> dict[str, Any]:
     kv, own = data["kv_cache"], data["qcc"]
     names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    for key in ("compute_dtype", "kv_dtype"):
-        if own[key] not in DTYPE_BYTES:
-            raise ValueError(f"{key} {own[key]!r}")
+    if own["compute_dtype"] not in DTYPE_BYTES:
+        raise ValueError(f"compute_dtype {own['compute_dtype']!r}")
+    storages = tuple(
+        KVStorage(str(name), int(sizes["query_heads"]), int(sizes["token_values"]))
+        for name, sizes in own["kv_storages"].items()
+    )
     return {
         **{name: int(kv[name]) for name in names},
         "target": str(own["target"]),
         "page_size": int(own["page_size"]),
         "compute_dtype": own["compute_dtype"],
-        "kv_dtype": own["kv_dtype"],
+        "kv_storages": storages,
+        "kv": storages[0].name if storages else "",
+        "extents": tuple(map(str, own["extents"])),
         "rope_table_bytes": int(own.get("rope_table_bytes", 0)),
     }
 

@@ -11,7 +11,7 @@ import numpy as np
 from qcc.runtime.artifact import Artifact
 from qcc.runtime.engine.library import Floats, KVCache, Library, Tokens, total_pages
 from qcc.runtime.engine.memory import available_bytes, choose_total_tokens
-from qcc.runtime.engine.settings import settings
+from qcc.runtime.engine.settings import default_kv, settings
 from qcc.runtime.engine.weights import Progress, load_slots
 from qcc.runtime.errors import QccError
 
@@ -85,8 +85,9 @@ class CompiledModel:
         max_batch_size: int | None = None,
         progress: Progress | None = None,
         precision: str | None = None,
+        kv: str | None = None,
     ) -> None:
-        """Load library and weights and reserve the KV cache.
+        """Load library and weights and reserve the KV cache, which keeps its numbers as `kv` says.
 
         Raises:
             QccError: a device without a library, sizes beyond the library's, not enough memory.
@@ -94,6 +95,7 @@ class CompiledModel:
         if device.split("-")[0] != "cpu":
             raise QccError(f"--device {device}: this version runs on cpu only")
         library = Library(artifact.library(device))
+        library.choose_kv(kv, default_kv(precision))
         meta = library.metadata
         batch = _at_most(max_batch_size, meta.max_batch_size, "max_batch_size")
         length = _length(meta.max_length, context_window, meta.sliding_window_size)

@@ -15,6 +15,11 @@ DEFAULT_PRECISION = "low"
 FLOAT, INT8, INT8_AND_TILES = 0, 1, 2
 
 
+def default_kv(precision: str | None) -> str:
+    """How the KV cache keeps keys and values, if no one says."""
+    return "f32" if precision == "high" else "f16"
+
+
 def settings(precision: str | None) -> dict[str, np.ndarray[Any, Any]]:
     """The settings of a library by name; None: the default.
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qcc.targets.cpu.build import export, requires, resolve
-from qcc.targets.spec import KVCacheConfig, KVKernels, TargetSpec
+from qcc.targets.spec import KVCacheConfig, KVKernels, KVStorage, TargetSpec
 
 if TYPE_CHECKING:
     import tvm
@@ -23,13 +23,16 @@ if TYPE_CHECKING:
 def _passes(phase: str, target: tvm.target.Target, opt: int) -> Sequence[Any]:
     """The CPU's passes of a phase: `lower` (O1 and up) or `schedule`."""
     from qcc.targets.cpu.isa import isa_of
+    from qcc.targets.cpu.kernels.attention_storage import STORAGES
+    from qcc.targets.cpu.passes.lower_attention import LowerAttention
     from qcc.targets.cpu.passes.lower_linear import LowerLinear
     from qcc.targets.cpu.passes.lower_scans import LowerScans
     from qcc.targets.cpu.passes.schedule import ScheduleLoops
 
     isa = isa_of(target)
     if phase == "lower":
-        return [LowerLinear(isa), LowerScans(isa)] if opt >= 1 else []
+        attention = LowerAttention(tuple(storage.name for storage in STORAGES))
+        return [LowerLinear(isa), LowerScans(isa), attention] if opt >= 1 else [attention]
     assert phase == "schedule", phase
     return [ScheduleLoops(isa)]
 
@@ -38,6 +41,12 @@ def _kv_kernels(config: KVCacheConfig, target: tvm.target.Target) -> KVKernels:
     from qcc.targets.cpu.kv_cache import kv_kernels
 
     return kv_kernels(config, target)
+
+
+def _kv_storages(config: KVCacheConfig) -> tuple[KVStorage, ...]:
+    from qcc.targets.cpu.kv_cache import kv_storages
+
+    return kv_storages(config)
 
 
 TARGET = TargetSpec(
@@ -50,6 +59,7 @@ TARGET = TargetSpec(
     passes=_passes,
     requires=requires,
     kv_kernels=_kv_kernels,
+    kv_storages=_kv_storages,
     export=export,
     # Schedules put no buffer into a loop that it could shrink to; on the kernels it takes a second.
     needless_passes=("s_tir.CompactBufferAllocation",),

@@ -1,28 +1,36 @@
-"""The CPU's kernels for TVM's paged KV cache: our own, but for the wheel's rare page copies."""
+"""The CPU's kernels for TVM's paged KV cache, and the ways in which it can keep keys and values."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tvm.relax.frontend.nn.llm import kv_cache as wheel
-
-from qcc.quant_schemes.attributes import OP_PATTERN, OPAQUE, SCHEDULED
 from qcc.runtime.errors import QccError
+from qcc.targets.cpu.kernels import attention_pages as pages
 from qcc.targets.cpu.kernels import rope
 from qcc.targets.cpu.kernels.attention import Tile
 from qcc.targets.cpu.kernels.attention_decode import decode_kernel
 from qcc.targets.cpu.kernels.attention_mask import Mask
 from qcc.targets.cpu.kernels.attention_prefill import prefill_kernel
-from qcc.targets.cpu.kernels.attention_state import merge_state, transpose_append
+from qcc.targets.cpu.kernels.attention_state import merge_state
+from qcc.targets.cpu.kernels.attention_storage import storages
 from qcc.targets.cpu.kernels.attention_vector import Registers
-from qcc.targets.spec import PAGE_SIZE, KVCacheConfig, KVKernels
+from qcc.targets.spec import KVCacheConfig, KVKernels, KVStorage
 
 HEAD_DIM_STEP = 4  # the narrowest vector
 MAX_SLIDING = 1 << 16
 
 
+def kv_storages(config: KVCacheConfig) -> tuple[KVStorage, ...]:
+    """f32, f16 and int8, as TVM is told of them."""
+    _check(config)
+    return tuple(storage.declared(config) for storage in storages(config))
+
+
 def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
-    """Build the PrimFuncs of a cache for an llvm target; pages hold 16 tokens."""
+    """Build the PrimFuncs of a cache for an llvm target; pages hold 16 tokens.
+
+    They know its storage by the shapes that they are called with.
+    """
     _check(config)
     tile = Tile(Registers.of(target), config.head_dim)
     sliding = config.sliding_window_size > 0
@@ -31,9 +39,8 @@ def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
     ragged = prefill_kernel(config, tile, paged=False, mask=mask)
     paged = prefill_kernel(config, tile, paged=True, mask=mask)
     decode = decode_kernel(config, tile, sliding)
-    shape = (config.num_key_value_heads, config.head_dim, config.dtype)
     return KVKernels(
-        transpose_append=transpose_append(config, tile),
+        transpose_append=pages.transpose_append(config),
         prefill_ragged=ragged,
         prefill=paged,
         decode=decode,
@@ -45,9 +52,9 @@ def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
         tree_prefill=ragged if sliding else prefill_kernel(config, tile, False, "tree"),
         merge_state=merge_state(config, tile),
         split_rotary=rope.split_rotary(config, tile.lanes, with_table=rotated),
-        copy_single_page=_private(wheel._copy_single_page_cpu(shape[0], PAGE_SIZE, *shape[1:])),
-        debug_get_kv=_private(wheel._kv_cache_debug_get_kv(config.num_hidden_layers, *shape)),
-        compact_copy=_private(wheel._compact_kv_copy_cpu(*shape, PAGE_SIZE)),
+        copy_single_page=pages.copy_single_page(config),
+        debug_get_kv=pages.debug_get_kv(config),
+        compact_copy=pages.compact_copy(config),
         rope_table=rope.rope_table(config, tile.lanes) if rotated else None,
     )
 
@@ -70,6 +77,7 @@ def _check(config: KVCacheConfig) -> None:
             f"{config.prefill_chunk_size}: the cpu target slides over at most {MAX_SLIDING} "
             "positions; lower --sliding-window or --prefill-chunk"
         )
+    assert config.dtype == "float32", config
     assert config.num_attention_heads % config.num_key_value_heads == 0, config
     assert 2 * len(config.inv_freq) == config.rotary_dim <= config.head_dim, config
     if config.sliding_window_size > 0:
@@ -77,8 +85,3 @@ def _check(config: KVCacheConfig) -> None:
         assert not config.layer_window, "a layer's window needs the keys that a sliding one drops"
     assert not config.returns_lse or 0 < config.group <= config.head_dim, config
     assert config.layer_window >= 0 and config.logit_soft_cap >= 0, config
-
-
-def _private(func: Any) -> Any:
-    """The wheel's kernels have no schedule to wait for, and a symbol would clash."""
-    return func.without_attr("global_symbol").with_attrs({SCHEDULED: True, OP_PATTERN: OPAQUE})

@@ -13,7 +13,7 @@ import pytest
 
 from qcc.runtime.engine import tvm_runtime, weights
 from qcc.runtime.engine.memory import budget, choose_total_tokens
-from qcc.runtime.engine.metadata import Metadata, Slot, TensorType
+from qcc.runtime.engine.metadata import KVStorage, Metadata, Slot, TensorType
 from qcc.runtime.errors import QccError
 
 # name -> (array, offset in the shard); the second tensor lies askew, bf16 is stored as its bits.
@@ -198,7 +198,8 @@ def metadata(**changes: Any) -> Metadata:
         "hidden_size": 256,
         "page_size": 16,
         "compute_dtype": "float32",
-        "kv_dtype": "float32",
+        "kv_storages": (KVStorage("f32", 256, 256), KVStorage("f16", 384, 128)),
+        "kv": "f32",
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

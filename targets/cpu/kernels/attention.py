@@ -1,14 +1,13 @@
-"""What the CPU's attention kernels share: tile sizes, scores, where keys lie, softmax state, P V.
+"""What the CPU's attention kernels share: tile sizes, scores, sums of products, softmax state.
 
 Scores are kept in base 2 (scale * log2 e is folded into the query), f32 throughout. A row that sees
 no key gives zeros and a log-sum-exp of NO_KEY, so that merging with another part leaves that one.
-Pages are [num_pages, 2, kv_heads, 16, d], K at index 0; sequence b owns the pages
-page_values[page_indptr[b] : page_indptr[b + 1]].
+Of q and of the output every kernel uses the first [n, hq, d] numbers, whatever shape is declared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,7 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from qcc.targets.cpu.kernels import attention_vector as vx
-from qcc.targets.cpu.kernels.attention_func import aux_buffer, tensor
-from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
+from qcc.targets.spec import KVCacheConfig
 
 NO_KEY = -1.0e30  # log-sum-exp of a row without keys, and the running maximum before the first key
 EVERYTHING = 1 << 30  # more than any position
@@ -26,7 +24,11 @@ MASKED = -3.0e38  # a masked score: below NO_KEY by more than any exponent, so i
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of one step of a kernel, chosen by the registers of the processor."""
+    """Sizes of one step of a kernel, chosen by the registers of the processor.
+
+    In prefill a row is one (token, head of a group). A task takes `rows` of them, and for each tile
+    of `keys` keys goes over its blocks of `block` rows.
+    """
 
     registers: vx.Registers
     dim: int
@@ -37,33 +39,26 @@ class Tile:
         return self.registers.lanes
 
     @property
-    def row_vectors(self) -> int:
-        """Vectors of query rows in a tile: at least 16 rows."""
-        return max(2, 16 // self.lanes)
-
-    @property
-    def rows(self) -> int:
-        return self.row_vectors * self.lanes
-
-    @property
-    def key_block(self) -> int:
-        """Keys scored at once: key_block * row_vectors accumulators fill half of the registers."""
-        return self.registers.count // (2 * self.row_vectors)
-
-    @property
     def dim_lanes(self) -> int:
         return vx.lanes_dividing(self.dim, self.lanes)
 
     @property
-    def chunk(self) -> int:
-        """Vectors of the head dimension whose sums over the keys are formed together."""
-        vectors = self.dim // self.dim_lanes
-        return max(c for c in range(1, 7) if vectors % c == 0)
+    def vectors(self) -> int:
+        """Vectors of a row that are summed at once; with `block` they fill 3/4 of the registers."""
+        return 4 if self.registers.count == 32 and self.lanes < 16 else 2
 
-    def rows_at_once(self, rows: int) -> int:
-        """Rows of P V at once: a power of two dividing `rows`, within 5/8 of the registers."""
-        limit = max(1, 5 * self.registers.count // 8 // self.chunk)
-        return max(r for r in (1, 2, 4, 8, 16) if rows % r == 0 and r <= limit)
+    @property
+    def block(self) -> int:
+        return 3 * self.registers.count // 4 // self.vectors
+
+    @property
+    def rows(self) -> int:
+        return 8 * self.block
+
+    def at_once(self, heads: int) -> int:
+        """Vectors for each of `heads` in decode: within 7/8 of the registers; a power of two."""
+        limit = 7 * self.registers.count // 8 // heads
+        return max(n for n in (1, 2, 4) if n <= max(limit, 1))
 
 
 @dataclass(frozen=True)
@@ -95,118 +90,30 @@ class ScoreRule:
         return position - reach + 1
 
 
-@dataclass
-class PagedKeys:
-    """The pages argument with its index arrays, and the address of a key in them."""
-
-    config: KVCacheConfig
-    batch: Any
-    sliding: bool
-
-    def declare(self) -> None:
-        """pages, page_indptr, page_values, length_info i32[b] or [3, b], k_rope_pos_offset."""
-        c = self.config
-        self.num_pages, values = T.int64(), T.int32()
-        self.pages = tensor(
-            "pages", (self.num_pages, 2, c.num_key_value_heads, PAGE_SIZE, c.head_dim), c.dtype
-        )
-        self.indptr = aux_buffer("page_indptr", (self.batch + 1,))
-        self.values = aux_buffer("page_values", (values,))
-        self.lengths = aux_buffer("length_info", (3, self.batch) if self.sliding else (self.batch,))
-        self.k_position = aux_buffer("k_rope_pos_offset", (self.batch,))
-
-    def enter(self) -> None:
-        """At the start of the body."""
-        c = self.config
-        self.row = PAGE_SIZE * c.head_dim  # elements between heads
-        self.v_shift = c.num_key_value_heads * self.row
-        self.k = self.v = vx.flat(self.pages, self.num_pages * (2 * self.v_shift))
-
-    def select(self, b: Any, head: Any) -> Any:
-        """Fix the sequence and head that `offset` is about; returns the number of its keys.
-
-        With a sliding window length_info holds the length of the last page, where the window starts
-        after the sinks, and the number of sinks.
-        """
-        begin, end = T.bind(self.indptr[b]), T.bind(self.indptr[b + 1])
-        self.begin, self.head = begin, head
-        full = (end - begin - 1) * PAGE_SIZE
-        if self.sliding:
-            self.sink = T.bind(self.lengths[2, b])
-            self.skip = T.bind(self.lengths[1, b] - self.sink)
-            count = full + self.lengths[0, b] - self.skip
-        else:
-            count = full + self.lengths[b]
-        return vx.keep_int(T.Select(end > begin, count, 0))
-
-    def offset(self, key: Any) -> Any:
-        """Element of K's row of a key; V's lies v_shift further."""
-        slot = key
-        if self.sliding:
-            slot = vx.keep_int(key + T.Select(key < self.sink, 0, self.skip))
-        page = vx.cast(self.values[self.begin + T.shift_right(slot, 4)], "int64", 1)
-        in_page = T.bitwise_and(slot, PAGE_SIZE - 1) * self.config.head_dim
-        return page * (2 * self.v_shift) + self.head * self.row + in_page
-
-
-class RaggedKeys:
-    """k, v [n, kv_heads, d] of the chunk itself, sequence b at kv_indptr[b] : kv_indptr[b + 1]."""
-
-    v_shift = 0
-    k_position: Any = None  # another argument of the kernel, not next to the others
-
-    def __init__(self, config: KVCacheConfig, batch: Any) -> None:
-        self.config, self.batch = config, batch
-
-    def declare(self) -> None:
-        c = self.config
-        self.total = T.int32()
-        shape = (self.total, c.num_key_value_heads, c.head_dim)
-        self.arrays = [tensor("k", shape, c.dtype), tensor("v", shape, c.dtype)]
-        self.indptr = aux_buffer("kv_indptr", (self.batch + 1,))
-
-    def enter(self) -> None:
-        size = self.total * (self.config.num_key_value_heads * self.config.head_dim)
-        self.k, self.v = (vx.flat(a, size) for a in self.arrays)
-
-    def select(self, b: Any, head: Any) -> Any:
-        self.begin, self.head = T.bind(self.indptr[b]), head
-        return T.bind(self.indptr[b + 1] - self.begin)
-
-    def offset(self, key: Any) -> Any:
-        c = self.config
-        row = vx.cast(self.begin + key, "int64", 1) * c.num_key_value_heads + self.head
-        return row * c.head_dim
-
-
-def emit_pv(
-    tile: Tile, rows: Any, block: int, out: Any, scale: Any, p: Any, keys: Any, value: Any
+def emit_products(
+    block: int,
+    vectors: int,
+    lanes: int,
+    steps: tuple[Any, Any],
+    a: Callable[[Any, int], Any],
+    b: Callable[[Any, int], Any],
+    start: Callable[[int, int], Any],
+    done: Callable[[int, int, Any], None],
 ) -> None:
-    """out[row, :] = scale(row) * out[row, :] + sum over keys of p(key, row) * V[key, :].
+    """For a block of rows and some vectors: start + sum over the steps of a(step, row) b(step, v).
 
-    `rows` (a multiple of `block` is computed) and `keys` are dynamic; value(key) is the V buffer
-    and the element where the key's row starts.
+    `a` gives scalars, `b` vectors of `lanes`; `start` and `done` take (row, v).
     """
-    lanes, width = tile.dim_lanes, tile.chunk * tile.dim_lanes
-    with T.serial(0, (rows + block - 1) // block) as group:
-        row0 = T.bind(group * block)
-        scales = [T.bind(vx.splat(scale(row0 + r), lanes)) for r in range(block)]
-        for start in range(0, tile.dim, width):
-            at = [(r, start + c * lanes) for r in range(block) for c in range(tile.chunk)]
-            sums = {
-                (r, d): vx.Reg(lanes, vx.load(out, (row0 + r) * tile.dim + d, lanes) * scales[r])
-                for r, d in at
-            }
-            with T.serial(0, keys) as key:
-                buffer, base = value(key)
-                base = T.bind(base)
-                weights = [T.bind(vx.splat(p(key, row0 + r), lanes)) for r in range(block)]
-                for d in range(start, start + width, lanes):
-                    v = T.bind(vx.load(buffer, base + d, lanes))
-                    for r in range(block):
-                        sums[r, d].set(vx.fma(weights[r], v, sums[r, d].get(), lanes))
-            for r, d in at:
-                vx.store(out, (row0 + r) * tile.dim + d, sums[r, d].get(), lanes)
+    cells = [(r, i) for r in range(block) for i in range(vectors)]
+    sums = {cell: vx.Reg(lanes, start(*cell)) for cell in cells}
+    with T.serial(*steps) as step:
+        columns = [T.bind(b(step, i)) for i in range(vectors)]
+        for r in range(block):
+            value = T.bind(vx.splat(a(step, r), lanes))
+            for i, column in enumerate(columns):
+                sums[r, i].set(vx.fma(value, column, sums[r, i].get(), lanes))
+    for cell in cells:
+        done(*cell, sums[cell].get())
 
 
 def emit_normalizer(top: Any, mass: Any, inverse: Any, at: Any, lanes: int) -> None:

@@ -47,6 +47,11 @@ def tensor(name: str, shape: Sequence[Any], dtype: str) -> Any:
     return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
 
 
+def rows_of(name: str, rows: Any) -> Any:
+    """An f32 argument [rows, any, any], of which a kernel uses what it knows to be there."""
+    return tensor(name, (rows, T.int32(), T.int32()), "float32")
+
+
 def aux_buffer(name: str, shape: Sequence[Any]) -> Any:
     """An int32 argument that may be a view into a larger array, as the cache's index arrays are."""
     offset = T.int32()

@@ -1,6 +1,7 @@
 """Which keys the rows of a prefill task see: causally, in a rolling window, or in a token tree.
 
-A layer's own window (KVCacheConfig.layer_window) goes with causal attention and with trees. It goes
+A row sees the keys low <= key < high; in a tree, those of them that are its node's ancestors. A
+layer's own window (KVCacheConfig.layer_window) goes with causal attention and with trees. It goes
 by positions, which in a tree are not the places of the keys.
 """
 
@@ -36,9 +37,6 @@ class RowMask:
     def __init__(self, config: KVCacheConfig, tile: Tile, paged: bool, kind: Mask) -> None:
         self.config, self.tile, self.paged, self.kind = config, tile, paged, kind
         self.reach = config.sliding_window_size - config.attention_sink_size
-        # Of the running pass over the keys: one past its last, and whether it is over the window.
-        self.stop: Any = None
-        self.in_window: Any = None
         self.causal: Any = None  # the call's argument of that name
 
     def declare_tree(self) -> None:
@@ -51,17 +49,16 @@ class RowMask:
         """At the start of a task."""
         self.task, self.q_position, self.rule = task, q_position, rule
         rows, keys = (self.tile.rows,), (self.tile.keys,)
-        self.row_info = T.alloc_buffer(rows, "int32")
+        self.low, self.high = (T.alloc_buffer(rows, "int32") for _ in range(2))
         if self.kind == "tree":
+            self.own = T.alloc_buffer(rows, "int32")
             self.bounds = [T.alloc_buffer(keys, "int32") for _ in range(2)]
             self.tree0 = T.bind(self.tree_indptr[task.b])
             self.nodes = T.bind(self.tree_indptr[task.b + 1] - self.tree0)
-        if self.config.layer_window:
+        if self.config.layer_window and self.kind == "tree":
             # Positions from here on are relative to that of key 0.
             self.oldest = T.alloc_buffer(rows, "int32")
-            self.first_seen = vx.Reg(1, EVERYTHING, "int32")
-            if self.kind == "tree":
-                self.positions = T.alloc_buffer(keys, "int32")
+            self.positions = T.alloc_buffer(keys, "int32")
 
     def after(self, token: Any) -> Any:
         """One past the last key that a token of the chunk sees."""
@@ -69,45 +66,69 @@ class RowMask:
             return token + 1
         return T.Select(self.causal != 0, token + 1, self.task.kv_len)
 
-    def row(self, r: Any, token: Any) -> None:
-        """Keep what `seen` asks of row r.
+    def begin_rows(self, begin: Any, stop: Any, in_window: Any) -> None:
+        """Before the rows of a pass over the keys begin <= key < stop.
 
-        plain: one past the last key; sliding: the first key of the window; tree: preorder.
+        Of the sinks every row sees all, of a rolling window (`in_window`) only what it reaches.
         """
-        task = self.task
+        self.begin, self.stop, self.in_window = begin, stop, in_window
+        self.first_seen = vx.Reg(1, stop, "int32")
+        with T.serial(0, self.tile.rows) as r:
+            vx.store(self.low, r, 0, 1)
+            vx.store(self.high, r, 0, 1)
+            if self.kind == "tree":
+                vx.store(self.own, r, 0, 1)
+
+    def row(self, r: Any, token: Any) -> None:
+        """Keep what `seen` asks of row r."""
+        task, c = self.task, self.config
+        low, high = self.begin, self.stop
+        if self.kind != "tree" and not self.paged:
+            high = T.min(high, vx.keep_int(self.after(token)))
+        position = self.q_position[task.q0 + token] - task.k_base
+        if self.kind == "sliding":
+            oldest = vx.keep_int(T.Select(self.in_window, position - self.reach + 1, low))
+            low = T.max(low, oldest)
         if self.kind == "tree":
             node = self.tree0 + T.max(token + self.nodes - task.tokens, 0)
             value = T.if_then_else(self.nodes > 0, self.tree_order[node, 0], 0)
-        elif self.kind == "sliding":
-            value = self.q_position[task.q0 + token] - self.reach + 1 - task.k_base
-        else:
-            value = task.kv_len if self.paged else vx.keep_int(self.after(token))
-        vx.store(self.row_info, r, value, 1)
-        if self.config.layer_window:
-            position = self.q_position[task.q0 + token] - task.k_base
+            vx.store(self.own, r, value, 1)
+        if c.layer_window:
             oldest = vx.keep_int(self.rule.oldest(position))
-            vx.store(self.oldest, r, oldest, 1)
-            self.first_seen.set(T.min(self.first_seen.get(), oldest))
+            if self.kind == "tree":
+                vx.store(self.oldest, r, oldest, 1)
+            # No key comes before its position, in a tree either.
+            low = T.max(low, oldest)
+        low = vx.keep_int(low)
+        vx.store(self.low, r, low, 1)
+        vx.store(self.high, r, high, 1)
+        self.first_seen.set(T.min(self.first_seen.get(), low))
 
-    def begin(self, stop: Any) -> Any:
-        """Where to start on the keys, after `row` of all rows: no key comes before its position."""
-        if not self.config.layer_window:
-            return 0
-        return vx.keep_int(T.min(T.max(self.first_seen.get(), 0), stop))
+    def first_key(self) -> Any:
+        """The first key that a row of the task sees, after `row` of all; `stop` if none does."""
+        return vx.keep_int(self.first_seen.get())
+
+    def of_block(self, row: Any, count: Any) -> tuple[Any, Any]:
+        """The first key that one of `count` rows sees, and one past the last."""
+        low, high = vx.Reg(1, EVERYTHING, "int32"), vx.Reg(1, 0, "int32")
+        with T.serial(0, count) as r:
+            low.set(T.min(low.get(), vx.load(self.low, row + r, 1)))
+            high.set(T.max(high.get(), vx.load(self.high, row + r, 1)))
+        return low.get(), high.get()
 
     def key(self, j: Any, key: Any) -> None:
         """Keep what `seen` asks of the key at place j of the tile."""
         if self.kind != "tree":
             return
         # Keys before the tree are seen by all of its nodes.
-        node = T.bind(key - (self.task.kv_len - self.nodes))
+        node = T.bind(T.min(key, self.stop - 1) - (self.task.kv_len - self.nodes))
         at = T.max(node, 0) + self.tree0
         low = T.if_then_else(node < 0, -(1 << 30), self.tree_order[at, 0])
         high = T.if_then_else(node < 0, 1 << 30, self.tree_order[at, 1])
         vx.store(self.bounds[0], j, low, 1)
         vx.store(self.bounds[1], j, high, 1)
         if self.config.layer_window:
-            self._key_position(j, key, node)
+            self._key_position(j, T.min(key, self.stop - 1), node)
 
     def _key_position(self, j: Any, key: Any, node: Any) -> None:
         """The position of a node is that of the tree's first plus the number of its ancestors."""
@@ -124,26 +145,17 @@ class RowMask:
                 depth = vx.load(self.positions, j, 1) + vx.cast(above, "int32", 1)
                 vx.store(self.positions, j, depth, 1)
 
-    def seen(self, key: Any, place: Any, v: int) -> Any:
-        """Which rows of vector v see a key; `place` is its place in the tile."""
+    def seen(self, row: Any, key: Any, place: Any) -> Any:
+        """Which keys of a vector a row sees: from `key` on, which is at `place` of the tile."""
         lanes = self.tile.lanes
-        info = vx.load(self.row_info, v * lanes, lanes)
-        wide = vx.splat(key, lanes)
-        if self.kind == "tree":
-            low, high = (vx.splat(vx.load(b, place, 1), lanes) for b in self.bounds)
-            seen = T.bitwise_and(info >= low, info < high)
-            seen = T.bitwise_and(seen, wide < vx.splat(self.task.kv_len, lanes))
-        elif self.kind == "sliding":
-            # Of the sinks every row sees all; of the window, from its oldest key on.
-            old = T.Select(self.in_window, key, EVERYTHING)
-            seen = T.bitwise_and(vx.splat(old, lanes) >= info, wide < vx.splat(self.stop, lanes))
-            if not self.paged:
-                # In the chunk a row is where its window starts, plus the window's length.
-                seen = T.bitwise_and(seen, wide < info + vx.splat(self.reach, lanes))
-        else:
-            seen = wide < info
+        wide = vx.splat(key, lanes) + vx.constants(list(range(lanes)), "int32")
+        high = wide < vx.splat(vx.load(self.high, row, 1), lanes)
+        if self.kind != "tree":
+            return T.bitwise_and(high, wide >= vx.splat(vx.load(self.low, row, 1), lanes))
+        own = vx.splat(vx.load(self.own, row, 1), lanes)
+        first, last = (vx.load(b, place, lanes) for b in self.bounds)
+        seen = T.bitwise_and(high, T.bitwise_and(own >= first, own < last))
         if not self.config.layer_window:
             return seen
-        if self.kind == "tree":
-            wide = vx.splat(vx.load(self.positions, place, 1), lanes)
-        return T.bitwise_and(seen, wide >= vx.load(self.oldest, v * lanes, lanes))
+        oldest = vx.splat(vx.load(self.oldest, row, 1), lanes)
+        return T.bitwise_and(seen, vx.load(self.positions, place, lanes) >= oldest)

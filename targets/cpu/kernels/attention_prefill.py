@@ -1,8 +1,8 @@
 """Blocked attention of many queries: against the chunk itself (ragged) or against cached pages.
 
-A row is one (token, head of the group) of a kv head. A task takes `tile.rows` rows: lanes hold
-rows, so that maxima and sums over keys need no shuffles. For each tile of keys
-    S = K Q^T (key_block keys x all rows in registers), P = exp2(S - max), O = O * scale + P V.
+A row is one (token, head of the group) of a kv head. A task takes `tile.rows` rows. Each tile of
+keys is staged as f32, and then for each block of rows, whose scores stay in the first cache,
+    S = Q K (lanes hold keys), P = exp2(S - max), O = O * decay + P V (lanes: a head's numbers).
 Tasks run in parallel over (kv head, sequence, row tile).
 """
 
@@ -16,16 +16,15 @@ from qcc.targets.cpu.kernels import attention_vector as vx
 from qcc.targets.cpu.kernels.attention import (
     MASKED,
     NO_KEY,
-    PagedKeys,
-    RaggedKeys,
     ScoreRule,
     Tile,
     emit_carried,
     emit_normalizer,
-    emit_pv,
+    emit_products,
     when,
 )
-from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, tensor
+from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, rows_of, tensor
+from qcc.targets.cpu.kernels.attention_keys import PagedKeys, RaggedKeys
 from qcc.targets.cpu.kernels.attention_mask import Mask, RowMask, Task
 from qcc.targets.cpu.kernels.rope import Rotation
 from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
@@ -59,8 +58,7 @@ class _Prefill:
         self.total, self.batch = total, bounds - 1
         self.keys: Any = (PagedKeys(c, self.batch, self.sliding) if self.paged
                           else RaggedKeys(c, self.batch))  # fmt: skip
-        rows = (total, c.num_attention_heads, c.head_dim)
-        self.q = tensor("q", rows, c.dtype)
+        self.q = rows_of("q", total)
         self.q_indptr = aux_buffer("q_indptr", (bounds,))
         self.keys.declare()
         self.k_position: Any = self.keys.k_position if self.paged else None
@@ -69,8 +67,8 @@ class _Prefill:
             self.k_position = aux_buffer("k_rope_pos_offset", (self.batch,))
         if not self.paged and self.kind == "tree":
             self.mask.declare_tree()
-        self.out = tensor("output", rows, c.dtype)
-        self.lse = tensor("lse", rows[:2], "float32")
+        self.out = rows_of("output", total)
+        self.lse = tensor("lse", (total, T.int32()), "float32")
         causal = T.arg("causal", T.int32()) if self.kind != "tree" else None
         T.arg("rotary_mode", T.int32())
         T.arg("rope_scale", T.float32())
@@ -119,29 +117,33 @@ class _Prefill:
         self.row0 = T.bind(row_tile * width)
         self.rows = vx.keep_int(T.min(width, tokens * group - self.row0))
         self.head = head
-        self.kv_len = self.keys.select(b, head)
+        self.kv_len = self.keys.select(b)
         self.k_base: Any = 0
         if self.sliding or c.layer_window:
             # The ragged tree kernel has no k_position: its keys are its own tokens.
             alone = self.k_position is None
             self.k_base = T.bind(self.q_position[self.q0] if alone else self.k_position[b])
-        # Scratch: queries [d, rows], scores [keys, rows], outputs [rows, d].
-        self.queries = T.alloc_buffer((dim * width,), "float32")
-        self.scores = T.alloc_buffer((tile.keys * width,), "float32")
+        # Scratch: queries [rows, d], outputs [rows, d], scores [block, keys], the staged keys;
+        # the masses of a row's lanes are summed at the end.
+        self.queries = T.alloc_buffer((width * dim,), "float32")
         self.sums = T.alloc_buffer((width * dim,), "float32")
-        self.offsets = T.alloc_buffer((tile.keys,), "int64")
+        self.scores = T.alloc_buffer((tile.block * tile.keys,), "float32")
+        self.k = T.alloc_buffer((tile.keys * dim,), "float32")
+        self.v = T.alloc_buffer((tile.keys * dim,), "float32")
         self.top = T.alloc_buffer((width,), "float32")
-        self.mass = T.alloc_buffer((width,), "float32")
-        self.decay = T.alloc_buffer((width,), "float32")
+        self.mass = T.alloc_buffer((width * tile.lanes,), "float32")
+        self.inverse = T.alloc_buffer((width,), "float32")
+        self.decay = T.alloc_buffer((tile.block,), "float32")
         task = Task(b, self.q0, tokens, self.kv_len, self.k_base)
         self.mask.enter(task, self.q_position, self.rule)
         if self.sliding:
-            self.rotated = T.alloc_buffer((tile.keys * dim,), "float32")
             self.row = T.alloc_buffer((dim,), "float32")
-            self.rotation.prepare(PAGE_SIZE)
-        for v in range(0, width, tile.lanes):
-            vx.store(self.top, v, vx.splat(NO_KEY, tile.lanes), tile.lanes)
-            vx.store(self.mass, v, vx.splat(0.0, tile.lanes), tile.lanes)
+            self.rotation.prepare()
+            turns = (max(tile.keys * self.rotation.half, 1),)
+            self.turns = [T.alloc_buffer(turns, "float32") for _ in range(2)]
+        with T.serial(0, width) as r:
+            vx.store(self.top, r, vx.splat(NO_KEY, 1), 1)
+            vx.store(self.mass, r * tile.lanes, vx.splat(0.0, tile.lanes), tile.lanes)
         with T.serial(0, width * dim // tile.dim_lanes) as i:
             zero = vx.splat(0.0, tile.dim_lanes)
             vx.store(self.sums, i * tile.dim_lanes, zero, tile.dim_lanes)
@@ -155,8 +157,9 @@ class _Prefill:
         if not self.paged and self.kind != "tree":
             end = vx.keep_int(T.min(end, self.mask.after(last_token)))
         if not self.sliding:
+            self.mask.begin_rows(0, end, None)
             self._load_queries(None)
-            self._key_tiles(self.mask.begin(end), end)
+            self._key_tiles(self.mask.first_key(), end, 0)
             return
         window, sinks = self.config.sliding_window_size, self.config.attention_sink_size
         sink_end = vx.keep_int(T.min(T.max(sinks - self.k_base, 0), end))
@@ -165,19 +168,20 @@ class _Prefill:
         # Sinks see the query where StreamingLLM puts it: at most at the end of a full window.
         with T.serial(0 if sinks else 1, 2) as phase:
             in_window = phase == 1
-            self.mask.in_window = in_window
             begin = vx.keep_int(T.Select(in_window, T.max(sink_end, oldest), 0))
             stop = vx.keep_int(T.Select(in_window, end, sink_end))
             with when(begin < stop):
+                self.mask.begin_rows(begin, stop, in_window)
                 self._load_queries(T.Select(in_window, 1 << 30, window - 1))
-                self._key_tiles(begin, stop)
+                shift = vx.keep_int(T.Select(in_window, self.keys.skip, 0))
+                self._key_tiles(begin, stop, shift)
 
     def _load_queries(self, position_limit: Any) -> None:
-        """Scaled queries, transposed, and each row's mask.
+        """Scaled queries, and each row's mask.
 
-        Lanes of rows that do not exist keep what is in memory: no lane reads another.
+        Rows that do not exist keep what is in memory: no row reads another, and they see no key.
         """
-        c, tile = self.config, self.tile
+        c, lanes = self.config, self.tile.dim_lanes
         with T.serial(0, self.rows) as r:
             row = T.bind(self.row0 + r)
             token = T.bind(row // self.group)
@@ -192,105 +196,139 @@ class _Prefill:
                     position,
                     lambda d, value, lanes: vx.store(self.row, d, value, lanes),
                 )
-                source, start = self.row, 0
-            with T.serial(0, c.head_dim) as d:
-                value = vx.load(source, start + d, 1) * self.scale
-                vx.store(self.queries, d * tile.rows + r, value, 1)
+                # LLVM's optimizer makes an invalid module of reads wider than the writes before.
+                source, start, lanes = self.row, 0, 1
+            with T.serial(0, c.head_dim // lanes) as i:
+                value = vx.load(source, start + i * lanes, lanes) * vx.splat(self.scale, lanes)
+                vx.store(self.queries, r * c.head_dim + i * lanes, value, lanes)
 
-    def _key_tiles(self, begin: Any, stop: Any) -> None:
+    def _key_tiles(self, begin: Any, stop: Any, shift: Any) -> None:
+        """The keys begin <= key < stop, whose slots are `shift` further, in tiles of whole pages."""
         tile = self.tile
-        self.mask.stop = stop
-        with T.serial(0, (stop - begin + tile.keys - 1) // tile.keys) as t:
-            first = T.bind(begin + t * tile.keys)
+        slot0 = T.bind(self.keys.first(begin + shift))
+        with T.serial(0, (stop + shift - slot0 + tile.keys - 1) // tile.keys) as t:
+            slot = T.bind(slot0 + t * tile.keys)
+            first = T.bind(slot - shift)
             count = vx.keep_int(T.min(tile.keys, stop - first))
-            with T.serial(0, (count + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE) as j:
-                key = vx.keep_int(T.min(first + j, stop - 1))
-                vx.store(self.offsets, j, self.keys.offset(key), 1)
-                self.mask.key(j, key)
+            panels = T.bind((count + PAGE_SIZE - 1) // PAGE_SIZE)
+            self.keys.stage(tile, self.head, slot, panels, self.k, self.v)
             if self.rotation:
-                self._rotate_keys(first, count)
-            self._score(first, count)
-            self._softmax((count + tile.key_block - 1) // tile.key_block * tile.key_block)
-            emit_pv(
-                tile,
-                self.rows,
-                tile.rows_at_once(tile.rows),
-                self.sums,
-                lambda row: vx.load(self.decay, row, 1),
-                lambda key, row: vx.load(self.scores, key * tile.rows + row, 1),
-                count,
-                lambda key: (self.keys.v, vx.load(self.offsets, key, 1) + self.keys.v_shift),
-            )
+                self.rotation.angles(self.turns, panels, T.bind(self.k_base + first))
+                self.rotation.panels(self.k, self.turns, panels)
+            if self.kind == "tree":
+                with T.serial(0, panels * PAGE_SIZE) as j:
+                    self.mask.key(j, first + j)
+            with T.serial(0, (self.rows + tile.block - 1) // tile.block) as i:
+                row = T.bind(i * tile.block)
+                low, high = self.mask.of_block(row, T.min(tile.block, self.rows - row))
+                low = vx.keep_int(T.max(low - first, 0))
+                high = vx.keep_int(T.min(high - first, tile.keys))
+                with when(low < high):
+                    self._block(row, first, low, high)
 
-    def _rotate_keys(self, first: Any, count: Any) -> None:
-        dim = self.config.head_dim
-        with T.serial(0, (count + PAGE_SIZE - 1) // PAGE_SIZE) as g:
-            self.rotation.keys(
-                PAGE_SIZE,
-                T.bind(self.k_base + first + g * PAGE_SIZE),
-                lambda k, d, lanes: vx.load(
-                    self.keys.k, vx.load(self.offsets, g * PAGE_SIZE + k, 1) + d, lanes
-                ),
-                lambda k, d, value, lanes: vx.store(
-                    self.rotated, (g * PAGE_SIZE + k) * dim + d, value, lanes
-                ),
-            )
+    def _block(self, row: Any, first: Any, low: Any, high: Any) -> None:
+        """Take the keys low .. high - 1 of the tile into a block of rows."""
+        lanes, count = self.tile.lanes, self.tile.vectors
+        span = T.bind(count * lanes)
+        begin, end = T.bind(low // span), T.bind((high + span - 1) // span)
+        self._score(row, first, begin, end)
+        self._softmax(row, T.bind(begin * count), T.bind(end * count))
+        lanes, vectors = self.tile.dim_lanes, self.config.head_dim // self.tile.dim_lanes
+        whole, rest = divmod(vectors, count)
+        with T.serial(0, whole) as i:
+            self._values(row, T.bind(i * (count * lanes)), count, low, high)
+        if rest:
+            self._values(row, whole * count * lanes, rest, low, high)
 
-    def _score(self, first: Any, count: Any) -> None:
-        """scores[key, row] = K[key] . Q[row], masked."""
+    def _score(self, row: Any, first: Any, begin: Any, end: Any) -> None:
+        """scores[block, keys] = Q K, masked; `begin` and `end` count the vectors that go at once.
+
+        These are parts of a panel, or panels one behind the other.
+        """
         tile, lanes, dim = self.tile, self.tile.lanes, self.config.head_dim
-        with T.serial(0, (count + tile.key_block - 1) // tile.key_block) as block:
-            place0 = T.bind(block * tile.key_block)
-            if self.rotation:
-                source = self.rotated
-                at = [T.bind((place0 + k) * dim) for k in range(tile.key_block)]
-            else:
-                source = self.keys.k
-                at = [T.bind(vx.load(self.offsets, place0 + k, 1)) for k in range(tile.key_block)]
-            cells = [(k, v) for k in range(tile.key_block) for v in range(tile.row_vectors)]
-            sums = {cell: vx.Reg(lanes, vx.splat(0.0, lanes)) for cell in cells}
-            with T.serial(0, dim) as d:
-                queries = [
-                    T.bind(vx.load(self.queries, d * tile.rows + v * lanes, lanes))
-                    for v in range(tile.row_vectors)
-                ]
-                for k in range(tile.key_block):
-                    value = T.bind(vx.splat(vx.load(source, at[k] + d, 1), lanes))
-                    for v, query in enumerate(queries):
-                        sums[k, v].set(vx.fma(value, query, sums[k, v].get(), lanes))
-            for k, v in cells:
-                place = place0 + k
+        parts = PAGE_SIZE // lanes
+        with T.serial(begin, end) as t:
+            v0 = T.bind(t * tile.vectors)
+            panel = T.bind(v0 // parts * (dim * PAGE_SIZE) + v0 % parts * lanes)
+
+            def done(r: int, i: int, value: Any) -> None:
+                place = T.bind((v0 + i) * lanes)
                 score = T.Select(
-                    self.mask.seen(first + place, place, v),
-                    self.rule.capped(sums[k, v].get(), lanes),
+                    self.mask.seen(row + r, first + place, place),
+                    self.rule.capped(value, lanes),
                     vx.splat(MASKED, lanes),
                 )
-                vx.store(self.scores, place * tile.rows + v * lanes, score, lanes)
+                vx.store(self.scores, r * tile.keys + place, score, lanes)
 
-    def _softmax(self, count: Any) -> None:
+            emit_products(
+                tile.block,
+                tile.vectors,
+                lanes,
+                (0, dim),
+                lambda d, r: vx.load(self.queries, (row + r) * dim + d, 1),
+                lambda d, i: vx.load(
+                    self.k,
+                    panel + d * PAGE_SIZE + i // parts * (dim * PAGE_SIZE) + i % parts * lanes,
+                    lanes,
+                ),
+                lambda r, i: vx.splat(0.0, lanes),
+                done,
+            )
+
+    def _softmax(self, row: Any, begin: Any, end: Any) -> None:
         """Scores become weights relative to the new maximum; decay is what the old sums keep."""
         tile, lanes = self.tile, self.tile.lanes
-        for v in range(0, tile.rows, lanes):
-            old = T.bind(vx.load(self.top, v, lanes))
-            top = vx.Reg(lanes, old)
-            with T.serial(0, count) as key:
-                top.set(T.max(top.get(), vx.load(self.scores, key * tile.rows + v, lanes)))
-            new = T.bind(top.get())
-            decay = vx.exp2(old - new, lanes)
-            mass = vx.Reg(lanes, vx.load(self.mass, v, lanes) * decay)
-            with T.serial(0, count) as key:
-                weight = vx.exp2(vx.load(self.scores, key * tile.rows + v, lanes) - new, lanes)
+        with T.serial(0, tile.block) as r:
+            scores = T.bind(r * tile.keys)
+            old = vx.keep(vx.load(self.top, row + r, 1), 1)
+            top = vx.Reg(lanes, vx.splat(old, lanes))
+            with T.serial(begin, end) as v:
+                top.set(T.max(top.get(), vx.load(self.scores, scores + v * lanes, lanes)))
+            top.set(vx.across(T.bind(top.get()), lanes, T.max))
+            new = vx.keep(vx.load(top.buffer, 0, 1), 1)
+            decay = vx.exp2(old - new, 1)
+            at = T.bind((row + r) * lanes)
+            mass = vx.Reg(lanes, vx.load(self.mass, at, lanes) * vx.splat(decay, lanes))
+            with T.serial(begin, end) as v:
+                score = vx.load(self.scores, scores + v * lanes, lanes)
+                weight = vx.exp2(score - vx.splat(new, lanes), lanes)
                 mass.set(mass.get() + weight)
-                vx.store(self.scores, key * tile.rows + v, weight, lanes)
-            vx.store(self.top, v, new, lanes)
-            vx.store(self.mass, v, mass.get(), lanes)
-            vx.store(self.decay, v, decay, lanes)
+                vx.store(self.scores, scores + v * lanes, weight, lanes)
+            vx.store(self.top, row + r, new, 1)
+            vx.store(self.mass, at, mass.get(), lanes)
+            vx.store(self.decay, r, decay, 1)
+
+    def _values(self, row: Any, d: Any, vectors: int, low: Any, high: Any) -> None:
+        """sums[:, d ..] = decay * sums + P V, of so many vectors."""
+        tile, lanes, dim = self.tile, self.tile.dim_lanes, self.config.head_dim
+
+        def place(r: int, i: int) -> Any:
+            return (row + r) * dim + d + i * lanes
+
+        emit_products(
+            tile.block,
+            vectors,
+            lanes,
+            (low, high),
+            lambda key, r: vx.load(self.scores, r * tile.keys + key, 1),
+            lambda key, i: vx.load(self.v, key * dim + d + i * lanes, lanes),
+            lambda r, i: (
+                vx.load(self.sums, place(r, i), lanes) * vx.splat(vx.load(self.decay, r, 1), lanes)
+            ),
+            lambda r, i, value: vx.store(self.sums, place(r, i), value, lanes),
+        )
 
     def _finish(self) -> None:
         """Divide by the weights' sums; write outputs and log-sum-exps of the rows that exist."""
         c, tile = self.config, self.tile
-        for v in range(0, tile.rows, tile.lanes):
-            emit_normalizer(self.top, self.mass, self.decay, v, tile.lanes)
+        lanes = tile.dim_lanes
+        with T.serial(0, self.rows) as r:
+            partial = T.bind(vx.load(self.mass, r * tile.lanes, tile.lanes))
+            total = vx.across(partial, tile.lanes, lambda a, b: a + b)
+            vx.store(self.mass, r * tile.lanes, total, tile.lanes)
+            vx.store(self.mass, r, vx.load(self.mass, r * tile.lanes, 1), 1)
+        with T.serial(0, tile.rows // tile.lanes) as v:
+            emit_normalizer(self.top, self.mass, self.inverse, v * tile.lanes, tile.lanes)
         with T.serial(0, self.rows) as r:
             row = T.bind(self.row0 + r)
             where = (self.q0 + row // self.group) * c.num_attention_heads + self.head * self.stride
@@ -299,7 +337,7 @@ class _Prefill:
             if c.returns_lse:
                 lse = vx.load(self.top, r, 1)
                 emit_carried(c, self.out_flat, where, row % self.group, lse)
-            inverse = T.bind(vx.splat(vx.load(self.decay, r, 1), tile.dim_lanes))
-            for d in range(0, c.head_dim, tile.dim_lanes):
-                value = vx.load(self.sums, r * c.head_dim + d, tile.dim_lanes) * inverse
-                vx.store(self.out_flat, at * c.head_dim + d, value, tile.dim_lanes)
+            inverse = T.bind(vx.splat(vx.load(self.inverse, r, 1), lanes))
+            for d in range(0, c.head_dim, lanes):
+                value = vx.load(self.sums, r * c.head_dim + d, lanes) * inverse
+                vx.store(self.out_flat, at * c.head_dim + d, value, lanes)

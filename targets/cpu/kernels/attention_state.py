@@ -1,4 +1,4 @@
-"""What goes on around attention: the merge of partial results, and new keys into pages."""
+"""The merge of attention over two sets of keys."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from qcc.targets.cpu.kernels import attention_vector as vx
-from qcc.targets.cpu.kernels.attention import Tile, emit_carried, when
-from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, tensor
-from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
+from qcc.targets.cpu.kernels.attention import Tile, emit_carried
+from qcc.targets.cpu.kernels.attention_func import kernel, rows_of, tensor
+from qcc.targets.spec import KVCacheConfig
 
 _PARALLEL_TOKENS = 8  # fewer are not worth waking the threads
 
@@ -22,9 +22,8 @@ def merge_state(config: KVCacheConfig, tile: Tile) -> Any:
     heads, dim, lanes = config.num_attention_heads, config.head_dim, tile.dim_lanes
     with kernel("merge_state") as build:
         n = T.int32()
-        v, s = tensor("v", (n, heads, dim), config.dtype), tensor("s", (n, heads), "float32")
-        v2 = tensor("v_other", (n, heads, dim), config.dtype)
-        s2 = tensor("s_other", (n, heads), "float32")
+        v, s = rows_of("v", n), tensor("s", (n, T.int32()), "float32")
+        v2, s2 = rows_of("v_other", n), tensor("s_other", (n, T.int32()), "float32")
         with build.body():
             v, v2 = vx.flat(v, n * (heads * dim)), vx.flat(v2, n * (heads * dim))
             s, s2 = vx.flat(s, n * heads), vx.flat(s2, n * heads)
@@ -51,34 +50,6 @@ def merge_state(config: KVCacheConfig, tile: Tile) -> Any:
                     with T.serial(0, config.group) as g:
                         merge(T.bind(first + g))
                         emit_carried(config, v, first, g, vx.load(s, first + g, 1))
-
-            vx.for_tokens(n, _PARALLEL_TOKENS, token)
-    return build.result()
-
-
-def transpose_append(config: KVCacheConfig, tile: Tile) -> Any:
-    """Write k, v [n, kv_heads, d] to their slots: page * 16 + place, -1 for a token to drop."""
-    heads, dim, lanes = config.num_key_value_heads, config.head_dim, tile.dim_lanes
-    with kernel("kv_cache_transpose_append") as build:
-        n, num_pages = T.int64(), T.int64()
-        pages = tensor("pages", (num_pages, 2, heads, PAGE_SIZE, dim), config.dtype)
-        new = [tensor(name, (n, heads, dim), config.dtype) for name in ("k_data", "v_data")]
-        slots = aux_buffer("position_map", (n,))
-        with build.body():
-            pages = vx.flat(pages, num_pages * (2 * heads * PAGE_SIZE * dim))
-            new = [vx.flat(x, n * (heads * dim)) for x in new]
-
-            def token(i: Any) -> None:
-                slot = T.bind(vx.cast(slots[i], "int64", 1))
-                with when(slot >= 0):
-                    page, place = T.shift_right(slot, T.int64(4)), T.bitwise_and(slot, T.int64(15))
-                    base = T.bind(page * (2 * heads * PAGE_SIZE * dim) + place * dim)
-                    with T.serial(0, heads) as h:
-                        for which, source in enumerate(new):
-                            to = T.bind(base + (which * heads + h) * (PAGE_SIZE * dim))
-                            for d in range(0, dim, lanes):
-                                value = source[vx.index((i * heads + h) * dim + d, lanes)]
-                                T.buffer_store(pages, value, [vx.index(to + d, lanes)])
 
             vx.for_tokens(n, _PARALLEL_TOKENS, token)
     return build.result()

@@ -74,9 +74,10 @@ def splat(value: Any, lanes: int) -> Any:
 
 
 def load(buffer: Any, base: Any, lanes: int) -> Any:
-    """`lanes` elements of a 1-D buffer from `base`, as f32 if they are narrower floats."""
+    """`lanes` elements of a 1-D buffer from `base`, as f32 if they are narrower numbers."""
     value = buffer[index(base, lanes)]
-    return cast(value, "float32", lanes) if buffer.dtype in ("float16", "bfloat16") else value
+    narrow = ("float16", "bfloat16", "int8")
+    return cast(value, "float32", lanes) if buffer.dtype in narrow else value
 
 
 def store(buffer: Any, base: Any, value: Any, lanes: int) -> None:
@@ -249,6 +250,26 @@ def lane_sums(vectors: Sequence[Any], lanes: int) -> Any:
             ]
         groups.append(level[0])
     return groups[0] if len(groups) == 1 else shuffle(groups, range(len(vectors)))
+
+
+def nearest_even(x: Any, lanes: int) -> Any:
+    """x rounded to an integer, ties to even, still f32."""
+    return T.call_llvm_pure_intrin(_f32(lanes), "llvm.rint", x)
+
+
+def transpose(rows: Sequence[Any], lanes: int) -> list[Any]:
+    """The columns of a square of `lanes` vectors, by exchanging ever smaller blocks."""
+    values = list(rows)
+    step = lanes // 2
+    while step:
+        low = [x if not x & step else lanes + x - step for x in range(lanes)]
+        high = [x + step if not x & step else lanes + x for x in range(lanes)]
+        for i in (i for i in range(lanes) if not i & step):
+            pair = [values[i], values[i + step]]
+            values[i] = keep(shuffle(pair, low), lanes)
+            values[i + step] = keep(shuffle(pair, high), lanes)
+        step //= 2
+    return values
 
 
 def across(value: Any, lanes: int, combine: Callable[[Any, Any], Any]) -> Any:

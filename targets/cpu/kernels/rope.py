@@ -15,8 +15,9 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from qcc.targets.cpu.kernels import attention_vector as vx
-from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, tensor
-from qcc.targets.spec import KVCacheConfig
+from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, rows_of, tensor
+from qcc.targets.cpu.kernels.attention_storage import Storage, by_storage, emit_row
+from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
 
 _PARALLEL_TOKENS = 8  # fewer are not worth waking the threads
 
@@ -53,7 +54,8 @@ def rope_table(config: KVCacheConfig, max_lanes: int) -> Any:
 def split_rotary(config: KVCacheConfig, max_lanes: int, with_table: bool) -> Any:
     """qkv [n, hq + 2 hkv, d], positions i32[n] -> q, k, v; rotated if there is a table.
 
-    The last argument is the table f32[max_positions, r], else the cache's flag apply_rope, unused.
+    k and v are written as the cache stores them. The last argument is the table
+    f32[max_positions, r], else the cache's flag apply_rope, unused.
     """
     heads, kv_heads, dim = (
         config.num_attention_heads,
@@ -63,43 +65,52 @@ def split_rotary(config: KVCacheConfig, max_lanes: int, with_table: bool) -> Any
     half = config.rotary_dim // 2 if with_table else 0
     fused = heads + 2 * kv_heads
     with kernel("split_rotary" if with_table else "split_qkv") as build:
-        n = T.int64()
-        qkv = tensor("qkv", (n, fused, dim), config.dtype)
+        n, kv, width = T.int64(), T.int64(), T.int64()
+        qkv = rows_of("qkv", n)
         positions = aux_buffer("positions", (n,))
-        outputs = [
-            (tensor("q", (n, heads, dim), config.dtype), heads, half),
-            (tensor("k", (n, kv_heads, dim), config.dtype), kv_heads, half),
-            (tensor("v", (n, kv_heads, dim), config.dtype), kv_heads, 0),
-        ]
+        q = rows_of("q", n)
+        outputs = [tensor(name, (n, kv, width), "float32") for name in ("k", "v")]
         if with_table:
             table = tensor("table", (config.max_positions, 2 * half), "float32")
         else:
             T.arg("apply_rope", T.int64())
         with build.body():
-            source = vx.flat(qkv, n * fused * dim)
-            flats = [(vx.flat(b, n * count * dim), count, r) for b, count, r in outputs]
+            words = T.bind(kv * width)
+            source, queries = vx.flat(qkv, n * (fused * dim)), vx.flat(q, n * (heads * dim))
+            flats = [vx.flat(buffer, n * words) for buffer in outputs]
             if with_table:
                 angles = vx.flat(table, config.max_positions * 2 * half)
 
+            def rotate(src: Any, start: Any, target: Any, dst: Any, turned: int) -> None:
+                lanes = vx.lanes_dividing(turned, max_lanes)
+                for j in range(0, turned, lanes):
+                    cosine = vx.keep(vx.load(angles, start + j, lanes), lanes)
+                    sine = vx.keep(vx.load(angles, start + half + j, lanes), lanes)
+                    a = vx.keep(vx.load(source, src + j, lanes), lanes)
+                    b = vx.keep(vx.load(source, src + half + j, lanes), lanes)
+                    vx.store(target, dst + j, a * cosine - b * sine, lanes)
+                    vx.store(target, dst + half + j, b * cosine + a * sine, lanes)
+                lanes = vx.lanes_dividing(dim - 2 * turned, max_lanes)
+                for j in range(2 * turned, dim, lanes):
+                    vx.store(target, dst + j, vx.load(source, src + j, lanes), lanes)
+
             def token(i: Any) -> None:
                 start = T.bind(vx.cast(positions[i], "int64", 1) * (2 * half)) if half else 0
-                first = 0
-                for target, count, rotated in flats:
-                    with T.serial(0, count) as h:
-                        src = T.bind((i * fused + first + h) * dim)
-                        dst = T.bind((i * count + h) * dim)
-                        lanes = vx.lanes_dividing(rotated, max_lanes)
-                        for j in range(0, rotated, lanes):
-                            cosine = vx.keep(vx.load(angles, start + j, lanes), lanes)
-                            sine = vx.keep(vx.load(angles, start + half + j, lanes), lanes)
-                            a = vx.keep(vx.load(source, src + j, lanes), lanes)
-                            b = vx.keep(vx.load(source, src + half + j, lanes), lanes)
-                            vx.store(target, dst + j, a * cosine - b * sine, lanes)
-                            vx.store(target, dst + half + j, b * cosine + a * sine, lanes)
-                        lanes = vx.lanes_dividing(dim - 2 * rotated, max_lanes)
-                        for j in range(2 * rotated, dim, lanes):
-                            vx.store(target, dst + j, vx.load(source, src + j, lanes), lanes)
-                    first += count
+                row = T.bind(i * (fused * dim))
+                with T.serial(0, heads) as h:
+                    rotate(row + h * dim, start, queries, T.bind((i * heads + h) * dim), half)
+                scratch = T.alloc_buffer((dim,), "float32")
+                # LLVM's optimizer makes an invalid module of reads wider than the writes before.
+                lanes = vx.lanes_dividing(math.gcd(half, dim), max_lanes)
+                for which, (target, turned) in enumerate(zip(flats, (half, 0), strict=True)):
+                    first = heads + which * kv_heads
+                    with T.serial(0, kv_heads) as h:
+                        rotate(row + (first + h) * dim, start, scratch, 0, turned)
+
+                        def keep(storage: Storage, target: Any = target, h: Any = h) -> None:
+                            emit_row(config, storage, lanes, scratch, target, i, h)
+
+                        by_storage(config, words, keep)
 
             vx.for_tokens(n, _PARALLEL_TOKENS, token)
     return build.result()
@@ -146,36 +157,46 @@ class Rotation:
         for i in range(2 * self.half, self.dim, self.pass_lanes):
             store(i, load(i, self.pass_lanes), self.pass_lanes)
 
-    def prepare(self, keys: int) -> None:
-        """Once a task: cos and sin of 0 .. keys - 1 positions, so that `keys` can step."""
+    def prepare(self) -> None:
+        """Once a task: the frequencies in memory, for `angles`."""
         if not self.half:
             return
-        self.steps = T.alloc_buffer((keys * 2 * self.half,), "float32")
-        with T.serial(0, keys) as k:
+        self.tables = [T.alloc_buffer((self.half,), "uint32") for _ in range(2)]
+        for table, values in zip(self.tables, (self.high, self.low), strict=True):
             for i in range(0, self.half, self.lanes):
-                cosine, sine = self.angle(k, i)
-                vx.store(self.steps, k * (2 * self.half) + i, cosine, self.lanes)
-                vx.store(self.steps, k * (2 * self.half) + self.half + i, sine, self.lanes)
+                constants = vx.constants(values[i : i + self.lanes], "uint32")
+                T.buffer_store(table, constants, [vx.index(i, self.lanes)])
 
-    def keys(self, count: int, position: Any, load: Any, store: Any) -> None:
-        """Rotate `count` keys at position, position + 1, ...
+    def angles(self, turns: Any, count: Any, position: Any) -> None:
+        """turns [count, r/2, 16] <- cos and sin of position, position + 1, ...
 
-        load(key, d, lanes) reads them, store(key, d, value, lanes) takes the results. cos and sin
-        are computed for the first; those of the others follow by the addition theorem.
+        Those of positions below 0 mean nothing.
         """
-        half, lanes = self.half, self.lanes
-        for i in range(0, half, lanes):
-            cosine0, sine0 = self.angle(position, i)
-            with T.serial(0, count) as key:
-                step_cos = vx.keep(vx.load(self.steps, key * (2 * half) + i, lanes), lanes)
-                step_sin = vx.keep(vx.load(self.steps, key * (2 * half) + half + i, lanes), lanes)
-                cosine = vx.keep(cosine0 * step_cos - sine0 * step_sin, lanes)
-                sine = vx.keep(sine0 * step_cos + cosine0 * step_sin, lanes)
-                a = vx.keep(load(key, i, lanes), lanes)
-                b = vx.keep(load(key, half + i, lanes), lanes)
-                store(key, i, a * cosine - b * sine, lanes)
-                store(key, half + i, b * cosine + a * sine, lanes)
-        if 2 * half < self.dim:
-            with T.serial(0, count) as key:
-                for i in range(2 * half, self.dim, self.pass_lanes):
-                    store(key, i, load(key, i, self.pass_lanes), self.pass_lanes)
+        wide = PAGE_SIZE
+        if not self.half:
+            return
+        ramp = vx.constants(list(range(wide)), "int32")
+        sixteen = vx.splat(tirx.IntImm("uint32", 16), wide)
+        with T.serial(0, count) as p:
+            places = vx.splat(position + p * wide, wide) + ramp
+            places = vx.keep(vx.cast(places, "uint32", wide), wide, "uint32")
+            with T.serial(0, self.half) as i:
+                high, low = (vx.splat(vx.load(table, i, 1), wide) for table in self.tables)
+                fraction = places * high + T.shift_right(places * low, sixteen)
+                fraction = vx.keep(fraction, wide, "uint32")
+                for table, value in zip(turns, vx.cos_sin(fraction, wide), strict=True):
+                    vx.store(table, (p * self.half + i) * wide, value, wide)
+
+    def panels(self, k: Any, turns: Any, count: Any) -> None:
+        """Rotate panels of 16 keys [count, d, 16] in place by `turns`."""
+        half, wide = self.half, PAGE_SIZE
+        if not half:
+            return
+        with T.serial(0, count) as p:
+            with T.serial(0, half) as i:
+                at = T.bind((p * self.dim + i) * wide)
+                cosine, sine = (T.bind(vx.load(t, (p * half + i) * wide, wide)) for t in turns)
+                a = vx.keep(vx.load(k, at, wide), wide)
+                b = vx.keep(vx.load(k, at + half * wide, wide), wide)
+                vx.store(k, at, a * cosine - b * sine, wide)
+                vx.store(k, at + half * wide, b * cosine + a * sine, wide)
