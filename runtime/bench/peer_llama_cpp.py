@@ -1,9 +1,10 @@
 """llama.cpp through llama-cpp-python: a GGUF file made of the checkpoint, token ids in.
 
-Kinds: bf16, and llama.cpp's names of quantized types. Q4_0 and Q8_0 are pure: all matrices in that
-type, 4.5 and 8.5 bits, which compares like with like; Q4_K_M, Q2_K and others are its own mixtures.
-The file has no vocabulary, since only ids are passed, and no factors of a scaled rotation, which
-cost nothing. Flash attention and the types of the KV cache (f16) are its defaults.
+Kinds: bf16, and llama.cpp's names of quantized types (Q4_0, Q8_0, Q4_K_M, Q2_K), each the mixture
+that it makes by itself: in Q4_0 the head has 6.6 bits. With -pure (Q4_0-pure: 4.5 bits) all
+matrices have the one type. The file has no vocabulary, since only ids are passed, and no factors of
+a scaled rotation, which cost nothing. Flash attention and the types of the KV cache (f16) are
+llama.cpp's defaults.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import llama_cpp
 import numpy as np
 
 CONTEXT, CHUNK = 2048, 512  # tokens
-PURE = ("Q4_0", "Q8_0")
+PURE = "-pure"
 # Hugging Face's names of a layer's tensors -> GGUF's.
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -108,11 +109,10 @@ def gguf_file(checkpoint: Path, kind: str, folder: Path) -> Path:
     else:
         source = gguf_file(checkpoint, "bf16", folder)
         params = llama_cpp.llama_model_quantize_default_params()
-        names = [f"LLAMA_FTYPE_MOSTLY_{kind}{suffix}" for suffix in ("", "_M")]
-        found = [getattr(llama_cpp, name) for name in names if hasattr(llama_cpp, name)]
-        if not found:
+        ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.removesuffix(PURE)}", None)
+        if ftype is None:
             raise ValueError(f"llama.cpp has no type {kind}")
-        params.ftype, params.pure = found[0], kind in PURE
+        params.ftype, params.pure = ftype, kind.endswith(PURE)
         keep = _silent()
         status = llama_cpp.llama_model_quantize(
             str(source).encode(), str(part).encode(), ctypes.byref(params)

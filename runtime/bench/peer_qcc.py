@@ -14,7 +14,8 @@ class Peer:
     def __init__(self, checkpoint: str, kind: str, folder: str, threads: int) -> None:
         """Load it; the other arguments are those of all peers."""
         llm = LLM(kind, threads=threads, max_batch_size=1)
-        self.name = f"qcc {running_versions()['qcc']} {llm.artifact.manifest.scheme}"
+        scheme, kv = llm.artifact.manifest.scheme, llm.model.library.metadata.kv
+        self.name = f"qcc {running_versions()['qcc']} {scheme}, KV cache {kv}"
         self._contexts = Contexts(llm.model)
 
     def run(self, case: str, tokens: int, depth: int) -> float:

@@ -52,6 +52,7 @@ def bench(llm: LLM, plan: Plan, progress: Progress | None = None) -> dict[str, A
         "artifact": str(llm.artifact.folder),
         "scheme": llm.artifact.manifest.scheme,
         "library": llm.model.library.path.stem,
+        "kv": llm.model.library.metadata.kv,
         **running_versions(),
         "load_s": round(llm.load_seconds, 3),
         "repeats": plan.repeats,

@@ -71,7 +71,9 @@ class Watch:
         """Learn where the slots lie."""
         self.artifact, self.model = artifact, model
         self.slots = model.library.metadata.slots
-        self._at = {tensor.data_ptr(): i for i, tensor in enumerate(model.library.params)}
+        # Behind the slots the tuple has tensors whose extents alone count.
+        tensors = zip(model.library.params, self.slots, strict=False)
+        self._at = {tensor.data_ptr(): i for i, (tensor, _) in enumerate(tensors)}
         self._calls: list[Call] = []
         self._started = 0.0
 

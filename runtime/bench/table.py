@@ -7,11 +7,12 @@ from typing import Any
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """All that `run.bench` found."""
+    """All that `run.bench` found, and the precision that the model was loaded with."""
     yield (
-        f"{found['artifact']}: {found['scheme']}, library {found['library']}, load "
-        f"{found['load_s']:.2f} s, peak memory {found['peak_rss_MB']:,} MB"
+        f"{found['artifact']}: {found['scheme']}, library {found['library']}, precision "
+        f"{found['precision']}, KV cache {found['kv']}"
     )
+    yield f"load {found['load_s']:.2f} s, peak memory {found['peak_rss_MB']:,} MB"
     yield ""
     yield from table([_row(item) for item in found["rows"]], left=("test",))
     yield ""

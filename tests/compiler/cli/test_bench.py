@@ -86,7 +86,7 @@ def test_rows_and_profile_as_json(llm: Any, cli: Callable[..., Any]) -> None:
     folder = llm.artifact.folder
     flags = ("-p", "8,70", "-n", "4", "-d", "0,20", "-b", "1,2", "-r", "2", "-t", "1")
     assert "prefill 70 at depth 0 needs 70 tokens" in cli("bench", folder, *flags).error()
-    ran = cli("bench", folder, "-p", "8", *flags[2:], "--json", "--profile")
+    ran = cli("bench", folder, "-p", "8", *flags[2:], "--json", "--profile", "--kv", "f16")
     assert ran.status == 0, ran.err
     found = json.loads(ran.out.splitlines()[-1])
     keys = ("kind", "tokens", "depth", "batch", "threads")
@@ -97,13 +97,12 @@ def test_rows_and_profile_as_json(llm: Any, cli: Callable[..., Any]) -> None:
     ]
     assert all(item["tok_s"] > 0 and len(item["seconds"]) == 2 for item in found["rows"])
     assert [item["threads"] for item in found["memory"]] == [1]
-    meta = llm.model.library.metadata
     alone = found["rows"][1]
     profile = found["profile"]
     assert (profile["depth"], profile["attention_calls"]) == (0, LAYERS)
     read = {item["kernel"]: item["bytes"] for item in profile["kernels"]}
     cached = sum(size for name, size in read.items() if "attention" in name)
-    assert cached == meta.kv_token_bytes
+    assert cached == LAYERS * 2 * 2 * 16 * 2  # keys and values of 2 heads of 16 numbers of 2 bytes
     assert sum(read.values()) - cached == pytest.approx(alone["weight_bytes"], abs=len(read))
     calls = sum(item["calls"] for item in profile["kernels"])
     assert calls == profile["launches"] + LAYERS
