@@ -1,9 +1,9 @@
 """Figures of a bench: what rows and a step's kernels come to, as plain data for tables and JSON.
 
 GB/s counts what a decode step must read: the weights that its kernels take (of the embedding table
-one row a token, unless it is the head too; of experts those in use) and the keys and values of all
-tokens before. GFLOP/s of a prefill counts 2 for each weight that a token is multiplied with, the
-head's once a prompt; attention is left out.
+one row a token, unless it is the head too; of experts those in use), the keys and values of all
+tokens before, and the states of recurrent layers. GFLOP/s of a prefill counts 2 for each weight
+that a token is multiplied with, the head's once a prompt; attention is left out.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class Sizes:
         """Bytes of the keys and values of a sequence of so many tokens."""
         window = self.meta.sliding_window_size
         return self.meta.kv_token_bytes * (min(tokens, window) if window > 0 else tokens)
+
+    def context_bytes(self, tokens: float) -> float:
+        """Bytes of all that a sequence of so many tokens keeps."""
+        return self.kv_bytes(tokens) + self.meta.state_bytes
 
     def multiplied(self, step: Step) -> tuple[int, int]:
         """Weights that a token is multiplied with: of the layers, and of the head."""
@@ -86,12 +90,12 @@ def row(timing: Timing, threads: int, step: Step, sizes: Sizes, read: float) -> 
         return {**found, "gflop_s": round(flop / timing.median / 1e9, 1)}
     weights = sizes.weight_bytes(step.shares())
     # Step i reads depth + i tokens and the one that it has just written.
-    kv = case.batch * sizes.kv_bytes(case.depth + (case.tokens + 1) / 2)
-    rate = (weights + kv) / timing.step_seconds
+    context = case.batch * sizes.context_bytes(case.depth + (case.tokens + 1) / 2)
+    rate = (weights + context) / timing.step_seconds
     return {
         **found,
         "weight_bytes": weights,
-        "kv_bytes": round(kv),
+        "context_bytes": round(context),
         "read_GB_s": round(rate / 1e9, 2),
         "share_of_bandwidth": round(rate / read, 3),
     }

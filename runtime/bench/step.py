@@ -102,7 +102,8 @@ class Watch:
         now = time.perf_counter()
         if before:
             tensors = [arg for arg in args if hasattr(arg, "data_ptr")]
-            is_kernel = not name.startswith("vm.") and any(t.dtype != "int64" for t in tensors)
+            # What the runtime itself offers has dots in its name.
+            is_kernel = "." not in name and any(t.dtype != "int64" for t in tensors)
             found = [self._at[t.data_ptr()] for t in tensors if t.data_ptr() in self._at]
             # What has no stored tensors is no weight but a setting.
             slots = {slot: 1.0 for slot in found if self.slots[slot].stored}

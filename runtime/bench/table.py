@@ -66,7 +66,7 @@ def table(rows: Sequence[Mapping[str, str]], left: Sequence[str] = ()) -> Iterat
 
 def _row(item: Mapping[str, Any]) -> dict[str, str]:
     is_decode = item["kind"] == "decode"
-    read = (item["weight_bytes"] + item["kv_bytes"]) / 1e6 if is_decode else 0
+    read = (item["weight_bytes"] + item["context_bytes"]) / 1e6 if is_decode else 0
     return {
         "test": f"{item['kind']} {item['tokens']}",
         "depth": str(item["depth"]),

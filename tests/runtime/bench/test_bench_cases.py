@@ -160,6 +160,7 @@ def sizes(**changes: Any) -> Sizes:
         for name, (shape, dtype, _) in SLOTS.items()
     ]
     fields = {"slots": slots, "vocab_size": 50, "kv_token_bytes": 100, "sliding_window_size": -1}
+    fields["state_bytes"] = 0
     records = {name: SimpleNamespace(shape=shape) for name, (shape, *_) in SLOTS.items()}
     tensors = {name: formats for name, (*_, formats) in SLOTS.items()}
     artifact = SimpleNamespace(records=records, manifest=SimpleNamespace(tensors=tensors))
@@ -184,10 +185,12 @@ def test_figures_of_a_decode() -> None:
     timing = Timing(Case("decode", 3, 10, 2), (6e-3,))
     found = row(timing, 2, STEP, sizes(), 10e6)
     assert found["tok_s"] == 1000
-    assert (found["weight_bytes"], found["kv_bytes"]) == (WEIGHTS, 2 * 100 * 12)
+    assert (found["weight_bytes"], found["context_bytes"]) == (WEIGHTS, 2 * 100 * 12)
     assert found["share_of_bandwidth"] == pytest.approx((WEIGHTS + 2400) / 2e-3 / 10e6, abs=5e-4)
     windowed = row(timing, 2, STEP, sizes(sliding_window_size=5), 10e6)
-    assert windowed["kv_bytes"] == 2 * 100 * 5
+    assert windowed["context_bytes"] == 2 * 100 * 5
+    recurrent = row(timing, 2, STEP, sizes(state_bytes=7), 10e6)
+    assert recurrent["context_bytes"] == 2 * (100 * 12 + 7)
 
 
 def test_figures_of_a_prefill() -> None:
