@@ -132,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     skipped: dict[str, str] = {}
     chosen: list[Engine] = []
     try:
+        if min(args.repeats, args.threads, args.generate, *args.prompt) < 1:
+            raise QccError("--repeats, --threads, --generate and --prompt must be 1 or more")
         chosen += engines(args)
         for engine in chosen:
             print(f"{engine.label}: loads", file=sys.stderr)
@@ -141,10 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 skipped[engine.label] = reason
             else:
                 ready.append(engine)
-        if not ready:
+        if not chosen:
             raise QccError("nothing to measure: give --qcc ARTIFACT or --peer NAME:KIND")
         before = measured_apart(args.threads, cpus)
         skipped |= measure(ready, cases, args.repeats)
+        if not ready:
+            reasons = "; ".join(f"{label}: {reason}" for label, reason in skipped.items())
+            raise QccError(f"no engine is left: {reasons}")
         after = measured_apart(args.threads, cpus)
     except QccError as err:
         parser.exit(2, f"peers: error: {err}\n")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 from qcc.runtime.bench import peer_process, peer_serve, peers
+from qcc.runtime.bench.bandwidth import measured_apart
 from qcc.runtime.bench.peer_process import Engine
 from qcc.runtime.errors import QccError
 from qcc.tutorials.random_checkpoint import make_checkpoint, small_config
@@ -25,11 +28,11 @@ class Peer:
         print("a library's greeting")
         if kind == "absent":
             import no_such_package
-        self.name, self.runs = f"{checkpoint} {folder} {threads}", 0
+        self.name, self.runs, self.kind = f"{checkpoint} {folder} {threads}", 0, kind
 
     def run(self, case, tokens, depth):
         self.runs += 1
-        if self.runs == 4:
+        if self.runs == 4 and self.kind != "lasting":
             raise RuntimeError("out of luck")
         return tokens + depth / 100 + self.runs
 """
@@ -72,6 +75,29 @@ def test_an_engine_answers_until_it_ends(fake: Callable[[str], Engine]) -> None:
     failed = peers.measure(ready, [PREFILL, DECODE], 1)
     assert not ready
     assert list(failed) == ["fake:other"] and "decode at 16: ended" in failed["fake:other"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is missing or ends is named, the rest is measured; with nothing left, an error."""
+    memory = partial(measured_apart, total=1 << 20)
+    monkeypatch.setattr(peers, "measured_apart", memory)
+    monkeypatch.setitem(peers.INSTALL, "fake", "pip install it")
+    flags = [str(tmp_path / "model"), "--repeats", "1", "--prompt", "128", "--depth", "0", "16"]
+    wanted = [word for kind in ("lasting", "absent", "q4") for word in ("--peer", f"fake:{kind}")]
+    assert peers.main([*flags, *wanted]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(found["tok_s"]) == ["fake:lasting"]
+    # Its runs are numbered: of a case the second one counts, after `runs` come tokens and depth.
+    expected = {"prefill 128": 128 / 130, "decode at 0": 32 / 36, "decode at 16": 32 / 38.16}
+    assert found["tok_s"]["fake:lasting"] == pytest.approx(expected, abs=5e-3)
+    assert "pip install it" in found["skipped"]["fake:absent"]
+    assert "decode at 0: ended" in found["skipped"]["fake:q4"]
+    with pytest.raises(SystemExit):
+        peers.main([*flags, "--peer", "fake:q4"])
+    assert "error: no engine is left: fake:q4: decode at 0: ended" in capsys.readouterr().err
 
 
 def test_tables_and_ratios() -> None:
