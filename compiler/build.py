@@ -170,7 +170,7 @@ def quantized_module(
     else:
         passes = pipeline.front_end(
             *stored,
-            AttachKVCache(kv, kernels, spec.kv_storages(kv)),
+            AttachKVCache(kv, kernels, spec.kv_storages(kv, target)),
             AttachSampling(plan.config.vocab_size, plan.sizes.max_batch_size),
             AttachLogitProcessing(plan.config.vocab_size),
         )
@@ -200,11 +200,11 @@ def build_library(
     hoist = HoistRepack()
 
     def describe(usage: dict[str, int]) -> dict[str, Any]:
-        made.update(_metadata(plan, specs, spec, str(target.attrs.get("mcpu", "")), hoist, usage))
+        made.update(_metadata(plan, specs, spec, target, hoist, usage))
         return made
 
     bounds = {"n": plan.sizes.prefill_chunk_size, "b": plan.sizes.max_batch_size}
-    bounds["kv"] = max(storage.num_attention_heads for storage in _storages(plan, spec))
+    bounds["kv"] = max(storage.num_attention_heads for storage in _storages(plan, spec, target))
     passes = pipeline.lowering(
         bounds,
         spec.passes("lower", target, options.opt),
@@ -225,7 +225,7 @@ def _metadata(
     plan: Plan,
     specs: tuple[WeightSpec, ...],
     spec: TargetSpec,
-    arch: str,
+    target: Any,
     hoist: Any,
     usage: dict[str, int],
 ) -> dict[str, Any]:
@@ -268,7 +268,7 @@ def _metadata(
         "qcc": {
             "format": METADATA_FORMAT,
             "target": spec.name,
-            "arch": arch,
+            "arch": str(target.attrs.get("mcpu", "")),
             "compute_dtype": dtype,
             "extents": hoist.extents,
             "kv_storages": {
@@ -276,7 +276,7 @@ def _metadata(
                     "query_heads": storage.num_attention_heads,
                     "token_values": 2 * storage.num_key_value_heads * storage.head_dim,
                 }
-                for storage in _storages(plan, spec)
+                for storage in _storages(plan, spec, target)
             },
             "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size,
@@ -289,12 +289,12 @@ def _metadata(
     }
 
 
-def _storages(plan: Plan, spec: TargetSpec) -> tuple[KVStorage, ...]:
+def _storages(plan: Plan, spec: TargetSpec, target: Any) -> tuple[KVStorage, ...]:
     """How the KV cache can keep keys and values, the default first."""
     kv = kv_cache_config(plan, spec.compute_dtype or plan.scheme.dtype)
     name = {"float32": "f32", "float16": "f16"}.get(kv.dtype, kv.dtype)
     plain = KVStorage(name, kv.num_attention_heads, kv.num_key_value_heads, kv.head_dim)
-    return spec.kv_storages(kv) or (plain,)
+    return spec.kv_storages(kv, target) or (plain,)
 
 
 def _state_kind(plan: Plan) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+TILES = "_tiles"
 PAGE_SIZE = 16  # tokens a page of the KV cache, on every target: stock clients ask for this one
 
 
@@ -65,13 +66,16 @@ class KVStorage:
 
     For TVM everything is of the compute dtype. The product of num_key_value_heads and head_dim is
     what a token's keys take of it, as the kernels pack them, and (num_attention_heads + 2 *
-    num_key_value_heads) * head_dim is what q, k and v together have.
+    num_key_value_heads) * head_dim is what q, k and v together have. `rope_scale` goes to the
+    attention kernels, which may take it for a sign. A name that ends in TILES is for processors
+    with tile registers that the process may use.
     """
 
     name: str
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    rope_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,8 @@ class TargetSpec:
     `resolve(options)` returns the tvm.target.Target and the library's suffix (`<target>[-<arch>]`);
     `passes(phase, target, opt)` the target's own passes of a phase of the pipeline;
     `requires(target)` what a machine must have to run its code, as runtime.machine reads it;
-    `kv_kernels(config, target)` the attention kernels; `kv_storages(config)` how a cache can keep
-    its numbers, that of the compute dtype first (none: there is no choice);
+    `kv_kernels(config, target)` the attention kernels; `kv_storages(config, target)` how a cache
+    can keep its numbers, that of the compute dtype first (none: there is no choice);
     `export(executable, path, options)` writes the library; `needless_passes` names steps of TVM's
     lowering that cost time and change nothing.
     """
@@ -132,4 +136,4 @@ class TargetSpec:
     kv_kernels: Callable[[KVCacheConfig, Any], KVKernels]
     export: Callable[[Any, Path, BuildOptions], None]
     needless_passes: tuple[str, ...] = ()
-    kv_storages: Callable[[KVCacheConfig], tuple[KVStorage, ...]] = lambda _config: ()
+    kv_storages: Callable[[KVCacheConfig, Any], tuple[KVStorage, ...]] = lambda *_: ()

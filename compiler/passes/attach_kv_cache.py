@@ -100,7 +100,8 @@ class AttachKVCache:
             relax.ShapeExpr([_MHA] * c.num_hidden_layers),
             relax.prim_value(False),  # no transfer to other machines
             relax.prim_value(mode),
-            relax.prim_value(1.0),  # rope scale and theta: our kernels have their own frequencies
+            # Rope scale and theta: our kernels have their own frequencies.
+            relax.prim_value(storage.rope_scale),
             relax.prim_value(10000.0),
             self._rope_table(bb) if k.rope_table else relax.prim_value(0),
             bb.emit(relax.op.zeros((), c.dtype)),  # tells dtype and device

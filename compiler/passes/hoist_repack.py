@@ -23,8 +23,8 @@ from tvm import tirx
 from tvm.relax.expr_functor import PyExprMutator, PyExprVisitor, mutator, visitor
 
 from qcc.quant_schemes.attributes import REPACK, ROLE, SETTING, SETTING_NAME
-from qcc.targets.matching import weighted_functions
 from qcc.targets.extents import DTYPE, extent_of
+from qcc.targets.matching import weighted_functions
 
 
 @dataclass(frozen=True)

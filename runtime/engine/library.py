@@ -74,14 +74,20 @@ class Library:
         finally:
             self.vm = usual
 
-    def choose_kv(self, kv: str | None, default: str) -> None:
+    def choose_kv(self, kv: str | None, default: str, tiles: bool) -> None:
         """Choose how caches keep keys and values, before `bind`; None: by default, if there is one.
+
+        Args:
+            kv: f32, f16 or int8.
+            default: likewise.
+            tiles: the process may use tile registers, and attention need not be exact.
 
         Raises:
             QccError: the library has no such cache.
         """
-        known = [storage.name for storage in self.metadata.kv_storages]
-        self.metadata = self.metadata.with_kv(kv or (default if default in known else known[0]))
+        known = self.metadata.kv_names
+        kv = kv or (default if default in known else known[0])
+        self.metadata = self.metadata.with_kv(kv, tiles)
 
     def bind(self, slots: Sequence[Any]) -> None:
         """Set the packed parameter tuple: tensors in the order of `metadata.slots`, then what was

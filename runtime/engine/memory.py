@@ -119,8 +119,8 @@ def report(meta: Metadata) -> dict[str, Any]:
         "kv_tokens": tokens,
         "kv_bytes_per_token": meta.kv_token_bytes,
         "kv_caches": {
-            storage.name: budget(meta.with_kv(storage.name), meta.max_batch_size, tokens).kv_cache
-            for storage in meta.kv_storages
+            name: budget(meta.with_kv(name), meta.max_batch_size, tokens).kv_cache
+            for name in meta.kv_names
         },
         "state_bytes_per_sequence": meta.state_bytes,
         "memory_usage": dict(meta.memory_usage),

@@ -10,6 +10,7 @@ from typing import Any
 from qcc.runtime.errors import QccError
 
 FORMAT = 1
+TILES = "_tiles"  # ends the names of caches for processors with tile registers
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint32": 4, "int32": 4}
 DTYPE_BYTES |= {"uint16": 2, "int16": 2, "uint8": 1, "int8": 1}
 
@@ -112,16 +113,22 @@ class Metadata:
         """The most tokens of one sequence; None with a sliding window: no limit."""
         return None if self.sliding_window_size > 0 else self.context_window_size
 
-    def with_kv(self, kv: str) -> Metadata:
-        """The same for a cache of storage `kv`.
+    @property
+    def kv_names(self) -> list[str]:
+        """The storages that a user may choose from, the library's default first."""
+        return [s.name for s in self.kv_storages if not s.name.endswith(TILES)]
+
+    def with_kv(self, kv: str, tiles: bool = False) -> Metadata:
+        """The same for a cache of storage `kv`, with kernels that use tile registers if they may.
 
         Raises:
             QccError: the library has no such cache.
         """
-        known = [storage.name for storage in self.kv_storages]
-        if kv not in known:
-            raise QccError(f"--kv {kv}: the library's cache keeps {', '.join(known)}")
-        return replace(self, kv=kv)
+        if kv not in self.kv_names:
+            raise QccError(f"--kv {kv}: the library's cache keeps {', '.join(self.kv_names)}")
+        fast = kv + TILES
+        found = tiles and any(storage.name == fast for storage in self.kv_storages)
+        return replace(self, kv=fast if found else kv)
 
     @property
     def kv_storage(self) -> KVStorage:

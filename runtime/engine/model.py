@@ -14,6 +14,7 @@ from qcc.runtime.engine.memory import available_bytes, choose_total_tokens
 from qcc.runtime.engine.settings import default_kv, settings
 from qcc.runtime.engine.weights import Progress, load_slots
 from qcc.runtime.errors import QccError
+from qcc.runtime.machine import enable_tiles
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class CompiledModel:
         if device.split("-")[0] != "cpu":
             raise QccError(f"--device {device}: this version runs on cpu only")
         library = Library(artifact.library(device))
-        library.choose_kv(kv, default_kv(precision))
+        library.choose_kv(kv, default_kv(precision), precision != "high" and enable_tiles())
         meta = library.metadata
         batch = _at_most(max_batch_size, meta.max_batch_size, "max_batch_size")
         length = _length(meta.max_length, context_window, meta.sliding_window_size)

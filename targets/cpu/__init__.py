@@ -43,10 +43,10 @@ def _kv_kernels(config: KVCacheConfig, target: tvm.target.Target) -> KVKernels:
     return kv_kernels(config, target)
 
 
-def _kv_storages(config: KVCacheConfig) -> tuple[KVStorage, ...]:
+def _kv_storages(config: KVCacheConfig, target: tvm.target.Target) -> tuple[KVStorage, ...]:
     from qcc.targets.cpu.kv_cache import kv_storages
 
-    return kv_storages(config)
+    return kv_storages(config, target)
 
 
 TARGET = TargetSpec(

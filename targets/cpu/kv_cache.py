@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from qcc.runtime.errors import QccError
+from qcc.targets.cpu.isa import isa_of
 from qcc.targets.cpu.kernels import attention_pages as pages
+from qcc.targets.cpu.kernels import attention_tiles as tiles
 from qcc.targets.cpu.kernels import rope
 from qcc.targets.cpu.kernels.attention import Tile
 from qcc.targets.cpu.kernels.attention_decode import decode_kernel
@@ -14,16 +17,26 @@ from qcc.targets.cpu.kernels.attention_prefill import prefill_kernel
 from qcc.targets.cpu.kernels.attention_state import merge_state
 from qcc.targets.cpu.kernels.attention_storage import storages
 from qcc.targets.cpu.kernels.attention_vector import Registers
-from qcc.targets.spec import KVCacheConfig, KVKernels, KVStorage
+from qcc.targets.spec import TILES, KVCacheConfig, KVKernels, KVStorage
 
 HEAD_DIM_STEP = 4  # the narrowest vector
 MAX_SLIDING = 1 << 16
 
 
-def kv_storages(config: KVCacheConfig) -> tuple[KVStorage, ...]:
-    """f32, f16 and int8, as TVM is told of them."""
+def kv_storages(config: KVCacheConfig, target: Any) -> tuple[KVStorage, ...]:
+    """f32, f16 and int8, as TVM is told of them; and those that use tiles, where there are any."""
     _check(config)
-    return tuple(storage.declared(config) for storage in storages(config))
+    found = [storage.declared(config) for storage in storages(config)]
+    if _has_tiles(config, target):
+        found += [
+            replace(storage, name=storage.name + TILES, rope_scale=tiles.ON)
+            for storage in found[1:]
+        ]
+    return tuple(found)
+
+
+def _has_tiles(config: KVCacheConfig, target: Any) -> bool:
+    return isa_of(target).tiles and tiles.fits(config.head_dim)
 
 
 def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
@@ -32,12 +45,13 @@ def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
     They know its storage by the shapes that they are called with.
     """
     _check(config)
-    tile = Tile(Registers.of(target), config.head_dim)
+    amx = _has_tiles(config, target)
+    tile = Tile(Registers.of(target), config.head_dim, tiles.KEYS if amx else Tile.keys)
     sliding = config.sliding_window_size > 0
     rotated = config.rotary_dim > 0 and not sliding
     mask: Mask = "sliding" if sliding else "plain"
-    ragged = prefill_kernel(config, tile, paged=False, mask=mask)
-    paged = prefill_kernel(config, tile, paged=True, mask=mask)
+    ragged = prefill_kernel(config, tile, paged=False, mask=mask, amx=amx)
+    paged = prefill_kernel(config, tile, paged=True, mask=mask, amx=amx)
     decode = decode_kernel(config, tile, sliding)
     return KVKernels(
         transpose_append=pages.transpose_append(config),

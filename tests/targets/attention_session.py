@@ -53,10 +53,11 @@ def compiled(c: KVCacheConfig, target: tuple[tuple[str, str], ...]) -> Any:
     """The cache's constructors and, for each storage, attend_<its name>; see `_attend`."""
     bb = relax.BlockBuilder()
     plain = KVStorage("", c.num_attention_heads, c.num_key_value_heads, c.head_dim)
-    for storage in (plain, *kv_storages(c)):
-        _attend(bb, c, storage)
     tvm_target = tvm.target.Target(dict(target))
-    mod = AttachKVCache(c, kv_kernels(c, tvm_target), kv_storages(c))(bb.get())
+    storages = kv_storages(c, tvm_target)
+    for storage in (plain, *storages):
+        _attend(bb, c, storage)
+    mod = AttachKVCache(c, kv_kernels(c, tvm_target), storages)(bb.get())
     with tvm.transform.PassContext(disabled_pass=list(TARGET.needless_passes)):
         return relax.VirtualMachine(tvm.compile(mod, target=tvm_target), tvm.cpu())
 
@@ -242,7 +243,9 @@ class Session:
     def read(self, seq: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """The same, out of the cache's pages."""
         c, count = self.config, self.histories[seq].shape[1]
-        words = next(s for s in kv_storages(c) if s.name == self.kv).num_key_value_heads
+        words = next(
+            s for s in kv_storages(c, tvm.target.Target(self.target)) if s.name == self.kv
+        ).num_key_value_heads
         rows = [tvm.runtime.tensor(np.zeros((LAYERS, count, words, 1), "float32")) for _ in "kv"]
         builtin("attention_kv_cache_debug_get_kv")(self.cache, seq, 0, count, *rows)
         found, size = [], c.num_key_value_heads * c.head_dim

@@ -6,22 +6,31 @@ import numpy as np
 import pytest
 import tvm
 
+from qcc.runtime.machine import enable_tiles
 from qcc.targets.cpu.kv_cache import kv_storages
-from qcc.targets.spec import KVCacheConfig
+from qcc.targets.spec import TILES, KVCacheConfig
 
 from .attention_session import AVX2, Session, as_stored, check_tree, config
 
+SSE = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64"})
+AMX = {"kind": "llvm", "mcpu": "sapphirerapids"}
+TILED = [
+    config(heads=(8, 2), dim=64, layer_window=40, logit_soft_cap=2.0),
+    config(heads=(7, 1), dim=80, rotary=32, sliding_window_size=40, attention_sink_size=4),
+]
 KV = ["f32", "f16", "int8"]
 GROUPED = config(heads=(8, 2), dim=64)
+ONE_HEAD = config(heads=(7, 1), dim=80, rotary=32, rope_attention_factor=1.25)
+NO_ROPE = config(dim=8, rotary=0)
 CASES = {
     "d64": GROUPED,
-    "d80-one-head": config(heads=(7, 1), dim=80, rotary=32, rope_attention_factor=1.25),
-    "d12-window": config(heads=(6, 2), dim=12, layer_window=5, logit_soft_cap=2.0),
+    "d12-window-cap-lse": config(
+        heads=(8, 2), dim=12, layer_window=5, logit_soft_cap=2.0, returns_lse=True
+    ),
     "d24-sliding": config(
         heads=(6, 2), dim=24, rotary=8, sliding_window_size=33, attention_sink_size=20
     ),
-    "lse": config(heads=(8, 2), dim=12, returns_lse=True),
-    "no-rope": config(dim=8, rotary=0),
+    "no-rope": NO_ROPE,
 }
 
 
@@ -57,7 +66,7 @@ def test_storages_of_forks(kv: str) -> None:
 def test_storages_of_trees(kv: str) -> None:
     """The accepted path of a tree is moved together, scales too."""
     parents = [-1, 0, 0, 1, 1, 2, 5]
-    session = Session(config(heads=(8, 2), dim=64, rotary=0), kv=kv)
+    session = Session(NO_ROPE, kv=kv)
     session.add(0)
     session.check(s0=40)
     x = session.tokens(len(parents))
@@ -81,7 +90,7 @@ def test_storages_of_trees(kv: str) -> None:
 
 
 def test_a_row_of_zeros_stays_zeros() -> None:
-    session = Session(config(dim=8, rotary=0), kv="int8")
+    session = Session(NO_ROPE, kv="int8")
     session.add(0)
     x = session.tokens(3)
     x[:, :2, 4:] = 0
@@ -93,19 +102,38 @@ def test_a_row_of_zeros_stays_zeros() -> None:
 
 def test_sizes_of_storages() -> None:
     """Words of 4 bytes: of heads of 64 numbers, and a scale each."""
-    found = {s.name: s.num_key_value_heads * s.head_dim for s in kv_storages(GROUPED)}
+    found = {s.name: s.num_key_value_heads * s.head_dim for s in kv_storages(GROUPED, SSE)}
     assert found == {"f32": 2 * 64, "f16": 2 * 32, "int8": 2 * 16 + 2}
-    for storage in kv_storages(GROUPED):
+    for storage in kv_storages(GROUPED, SSE):
         total = storage.num_attention_heads + 2 * storage.num_key_value_heads
         assert total * storage.head_dim == (8 + 2 * 2) * 64
-    assert [s.name for s in kv_storages(config(dim=4, rotary=0))] == ["f32", "f16"]
+    assert [s.name for s in kv_storages(config(dim=4, rotary=0), SSE)] == ["f32", "f16"]
 
 
-@pytest.mark.parametrize("kv", KV[1:])
+@pytest.mark.parametrize("kv", KV)
 def test_storages_on_avx2(kv: str) -> None:
     if not str(tvm.target.codegen.llvm_get_system_triple()).startswith("x86"):
         pytest.skip("runs x86 code")
-    session = Session(CASES["d80-one-head"], target=AVX2, kv=kv)
+    session = Session(ONE_HEAD, target=AVX2, kv=kv)
     session.add(0)
     for chunk in (50, 1, 20):
         session.check(s0=chunk)
+
+
+@pytest.mark.parametrize("kv", KV[1:])
+def test_tiles(kv: str) -> None:
+    """Scores and weights of AMX are of bf16: the mean error is below that of a wrong key."""
+    if not enable_tiles():
+        pytest.skip("no AMX tiles here")
+    for c in TILED:
+        exact, tiled = (Session(c, target=AMX, kv=name) for name in (kv, kv + TILES))
+        for session in (exact, tiled):
+            session.add(0)
+        for chunk in (100, 40, 1, 17):
+            x = exact.tokens(chunk)
+            want, got = (session.run([0], [x]) for session in (exact, tiled))
+            error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+            assert error < 1e-2, (c, chunk, error)
+            # A rolling window has no decode kernel of one token.
+            used = chunk > 1 or c.sliding_window_size > 0
+            assert (error > 1e-5) == used, (c, chunk, error)

@@ -32,7 +32,7 @@ class Tile:
 
     registers: vx.Registers
     dim: int
-    keys: int = 64
+    keys: int = 128
 
     @property
     def lanes(self) -> int:
@@ -53,7 +53,7 @@ class Tile:
 
     @property
     def rows(self) -> int:
-        return 8 * self.block
+        return 16 * self.block
 
     def at_once(self, heads: int) -> int:
         """Vectors for each of `heads` in decode: within 7/8 of the registers; a power of two."""

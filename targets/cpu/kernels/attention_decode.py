@@ -29,6 +29,7 @@ from qcc.targets.cpu.kernels.rope import Rotation
 from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
 
 PAGES = 4  # of a tile
+KEYS = PAGES * PAGE_SIZE
 MAX_PARTS = 8  # of a sequence
 TASKS = 16  # from so many sequences on none is split
 HEADS = 8  # of a group at once, at most
@@ -95,7 +96,7 @@ class _Decode:
         # Of a part: its first head's row of the sums.
         self.row0 = T.bind((b * self.parts + part) * self.heads)
         self.queries = T.alloc_buffer((self.heads * c.head_dim,), "float32")
-        self.scores = T.alloc_buffer((min(group, HEADS) * tile.keys,), "float32")
+        self.scores = T.alloc_buffer((min(group, HEADS) * KEYS,), "float32")
         self.decay = T.alloc_buffer((HEADS,), "float32")
         self.pages = T.alloc_buffer((PAGES,), "int64")
         self.scales = [T.alloc_buffer((PAGES * PAGE_SIZE,), "float32") for _ in range(2)]
@@ -270,12 +271,12 @@ class _Tile:
         with T.serial(0, PAGES // at_once) as i:
             self._scores(head, count, T.bind(i * at_once), at_once)
         with T.serial(0, count) as g:
-            self._softmax(T.bind(head + g), T.bind(g * self.task.tile.keys), g)
+            self._softmax(T.bind(head + g), T.bind(g * KEYS), g)
         self._values(head, count)
 
     def _scores(self, head: Any, count: int, page: Any, pages: int) -> None:
         """scores[head, keys] of some pages, before any mask."""
-        task, tile, dim = self.task, self.task.tile, self.dim
+        task, dim = self.task, self.dim
         cells = [(g, p) for g in range(count) for p in range(pages)]
         sums = {cell: vx.Reg(PAGE_SIZE, vx.splat(0.0, PAGE_SIZE)) for cell in cells}
 
@@ -308,9 +309,7 @@ class _Tile:
 
         self._by_storage(emit)
         for g, p in cells:
-            vx.store(
-                task.scores, g * tile.keys + (page + p) * PAGE_SIZE, sums[g, p].get(), PAGE_SIZE
-            )
+            vx.store(task.scores, g * KEYS + (page + p) * PAGE_SIZE, sums[g, p].get(), PAGE_SIZE)
 
     def _softmax(self, head: Any, row: Any, g: Any) -> None:
         """Scores become weights relative to the new maximum; decay is what the old sums keep.
@@ -360,7 +359,7 @@ class _Tile:
             left -= width
 
     def _sum_values(self, head: Any, count: int, d: Any, width: int) -> None:
-        task, tile, dim, lanes = self.task, self.task.tile, self.dim, self.task.tile.dim_lanes
+        task, dim, lanes = self.task, self.dim, self.task.tile.dim_lanes
         cells = [(g, i) for g in range(count) for i in range(width)]
 
         def place(g: int, i: int) -> Any:
@@ -383,7 +382,7 @@ class _Tile:
                         for i in range(width)
                     ]
                     for g in range(count):
-                        weight = vx.load(task.scores, g * tile.keys + start + key, 1)
+                        weight = vx.load(task.scores, g * KEYS + start + key, 1)
                         weight = T.bind(vx.splat(weight, lanes))
                         for i, row in enumerate(rows):
                             sums[g, i].set(vx.fma(weight, row, sums[g, i].get(), lanes))

@@ -8,10 +8,13 @@ Tasks run in parallel over (kv head, sequence, row tile).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from qcc.targets.cpu.kernels import attention_tiles as tiles
 from qcc.targets.cpu.kernels import attention_vector as vx
 from qcc.targets.cpu.kernels.attention import (
     MASKED,
@@ -30,13 +33,18 @@ from qcc.targets.cpu.kernels.rope import Rotation
 from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
 
 
-def prefill_kernel(config: KVCacheConfig, tile: Tile, paged: bool, mask: Mask) -> Any:
-    """The PrimFunc of one slot of the cache."""
-    return _Prefill(config, tile, paged, mask).build()
+def prefill_kernel(
+    config: KVCacheConfig, tile: Tile, paged: bool, mask: Mask, amx: bool = False
+) -> Any:
+    """The PrimFunc of one slot of the cache; `amx`: with tiles, for caches that use them."""
+    return _Prefill(config, tile, paged, mask, amx and mask != "tree").build()
 
 
 class _Prefill:
-    def __init__(self, config: KVCacheConfig, tile: Tile, paged: bool, mask: Mask) -> None:
+    def __init__(
+        self, config: KVCacheConfig, tile: Tile, paged: bool, mask: Mask, amx: bool
+    ) -> None:
+        self.amx = amx
         self.config, self.tile, self.paged, self.kind = config, tile, paged, mask
         self.mask = RowMask(config, tile, paged, mask)
         self.group = config.group
@@ -71,7 +79,7 @@ class _Prefill:
         self.lse = tensor("lse", (total, T.int32()), "float32")
         causal = T.arg("causal", T.int32()) if self.kind != "tree" else None
         T.arg("rotary_mode", T.int32())
-        T.arg("rope_scale", T.float32())
+        self.rope_scale = T.arg("rope_scale", T.float32())
         T.arg("rope_theta", T.float32())
         self.rule = ScoreRule(c, T.arg("sm_scale", T.float32()))
         # Of cached keys every one is older than the queries.
@@ -87,27 +95,27 @@ class _Prefill:
         self.lse_flat = vx.flat(self.lse, self.total * c.num_attention_heads)
         self.keys.enter()
         self.scale = self.rule.factor()
-        tiles = T.bind((self.total * self.group + rows - 1) // rows + self.batch)
-        with T.parallel(0, tiles * c.num_key_value_heads) as task:
+        count = T.bind((self.total * self.group + rows - 1) // rows + self.batch)
+        with T.parallel(0, count * c.num_key_value_heads) as task:
             found = vx.Reg(1, -1, "int32")
-            rest = vx.Reg(1, task % tiles, "int32")
-            count = vx.Reg(1, 0, "int32")
+            rest = vx.Reg(1, task % count, "int32")
+            own = vx.Reg(1, 0, "int32")
             with T.serial(0, self.batch) as b:
                 with when(found.get() < 0):
                     tokens = self.q_indptr[b + 1] - self.q_indptr[b]
-                    count.set((tokens * self.group + rows - 1) // rows)
-                    with T.If(rest.get() < count.get()):
+                    own.set((tokens * self.group + rows - 1) // rows)
+                    with T.If(rest.get() < own.get()):
                         with T.Then():
                             found.set(b)
                         with T.Else():
-                            rest.set(rest.get() - count.get())
+                            rest.set(rest.get() - own.get())
             with when(found.get() >= 0):
                 # Late causal tiles are long: alternating from both ends balances the threads.
                 turn = T.bind(rest.get())
                 half = T.shift_right(turn, 1)
-                last = count.get() - 1 - half
+                last = own.get() - 1 - half
                 row_tile = vx.keep_int(T.Select(T.bitwise_and(turn, 1) == 0, half, last))
-                self._row_tile(T.bind(found.get()), T.bind(task // tiles), row_tile)
+                self._row_tile(T.bind(found.get()), T.bind(task // count), row_tile)
 
     def _row_tile(self, b: Any, head: Any, row_tile: Any) -> None:
         c, tile, group = self.config, self.tile, self.group
@@ -136,6 +144,10 @@ class _Prefill:
         self.decay = T.alloc_buffer((tile.block,), "float32")
         task = Task(b, self.q0, tokens, self.kv_len, self.k_base)
         self.mask.enter(task, self.q_position, self.rule)
+        if self.amx:
+            self.blocks = tiles.TileBlocks(tile, self.rule, self.mask)
+            with self._tiles_used():
+                self.blocks.configure()
         if self.sliding:
             self.row = T.alloc_buffer((dim,), "float32")
             self.rotation.prepare()
@@ -148,7 +160,13 @@ class _Prefill:
             zero = vx.splat(0.0, tile.dim_lanes)
             vx.store(self.sums, i * tile.dim_lanes, zero, tile.dim_lanes)
         self._phases()
+        if self.amx:
+            with self._tiles_used():
+                self.blocks.release()
         self._finish()
+
+    def _tiles_used(self) -> Any:
+        return when(self.rope_scale == vx.splat(tiles.ON, 1))
 
     def _phases(self) -> None:
         """Go over the keys: once, or first the attention sinks and then the window."""
@@ -201,9 +219,12 @@ class _Prefill:
             with T.serial(0, c.head_dim // lanes) as i:
                 value = vx.load(source, start + i * lanes, lanes) * vx.splat(self.scale, lanes)
                 vx.store(self.queries, r * c.head_dim + i * lanes, value, lanes)
+        if self.amx:
+            with self._tiles_used():
+                self.blocks.load_queries(self.rows, self.queries)
 
     def _key_tiles(self, begin: Any, stop: Any, shift: Any) -> None:
-        """The keys begin <= key < stop, whose slots are `shift` further, in tiles of whole pages."""
+        """The keys from begin to stop, whose slots are `shift` further, in tiles of whole pages."""
         tile = self.tile
         slot0 = T.bind(self.keys.first(begin + shift))
         with T.serial(0, (stop + shift - slot0 + tile.keys - 1) // tile.keys) as t:
@@ -218,13 +239,32 @@ class _Prefill:
             if self.kind == "tree":
                 with T.serial(0, panels * PAGE_SIZE) as j:
                     self.mask.key(j, first + j)
-            with T.serial(0, (self.rows + tile.block - 1) // tile.block) as i:
-                row = T.bind(i * tile.block)
-                low, high = self.mask.of_block(row, T.min(tile.block, self.rows - row))
-                low = vx.keep_int(T.max(low - first, 0))
-                high = vx.keep_int(T.min(high - first, tile.keys))
-                with when(low < high):
-                    self._block(row, first, low, high)
+            if not self.amx:
+                self._row_blocks(tile.block, first, self._block)
+            else:
+                with T.If(self.rope_scale == vx.splat(tiles.ON, 1)):
+                    with T.Then():
+                        self.blocks.stage(panels, self.k, self.v, begin - first, stop - first)
+                        state = {"sums": self.sums, "top": self.top, "mass": self.mass}
+                        self._row_blocks(
+                            tiles.BLOCK,
+                            first,
+                            partial(self.blocks.block, state),
+                        )
+                    with T.Else():
+                        self._row_blocks(tile.block, first, self._block)
+
+    def _row_blocks(
+        self, rows: int, first: Any, emit: Callable[[Any, Any, Any, Any], None]
+    ) -> None:
+        """Emit emit(row, first, low, high) for each block of rows that sees keys of the tile."""
+        with T.serial(0, (self.rows + rows - 1) // rows) as i:
+            row = T.bind(i * rows)
+            low, high = self.mask.of_block(row, T.min(rows, self.rows - row))
+            low = vx.keep_int(T.max(low - first, 0))
+            high = vx.keep_int(T.min(high - first, self.tile.keys))
+            with when(low < high):
+                emit(row, first, low, high)
 
     def _block(self, row: Any, first: Any, low: Any, high: Any) -> None:
         """Take the keys low .. high - 1 of the tile into a block of rows."""

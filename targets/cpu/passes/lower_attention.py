@@ -21,8 +21,8 @@ from tvm import relax as rx
 from tvm import tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
 
-from qcc.targets.matching import is_op, weighted_functions
 from qcc.targets.extents import extent
+from qcc.targets.matching import is_op, weighted_functions
 
 ATTENTION = "vm.builtin.attention_kv_cache_attention_with_fused_qkv"
 CREATE = "create_tir_paged_kv_cache"
