@@ -10,7 +10,7 @@ import tvm
 
 from qcc.quant_schemes.format import WeightFormat
 from qcc.quant_schemes.packing import Grid, Quantized, dequantize, store
-from qcc.targets.cpu.isa import AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, NEON_DOT, SSE, Isa
+from qcc.targets.cpu.isa import AVX2, AVX2_VNNI, AVX512, AVX512_AMX, AVX512_VNNI, NEON_DOT, SSE, Isa
 
 # |y - exact| <= this * sum |x|(|w - b| + |b|), b the bias of w' = q*s + b. Each f32 rounding adds
 # 2^-24 = 6e-8 of a partial sum; the chains are a few dozen terms long, and errors average out. A
@@ -20,6 +20,7 @@ RELATIVE = 1e-6
 PROCESSORS: dict[str, tuple[Isa, dict[str, Any]]] = {
     "avx512": (AVX512, {"kind": "llvm", "mcpu": "skylake-avx512"}),
     "vnni": (AVX512_VNNI, {"kind": "llvm", "mcpu": "cascadelake"}),
+    "amx": (AVX512_AMX, {"kind": "llvm", "mcpu": "sapphirerapids"}),
     "avx2_vnni": (AVX2_VNNI, {"kind": "llvm", "mcpu": "alderlake"}),
     "avx2": (AVX2, {"kind": "llvm", "mcpu": "x86-64-v3"}),
     "sse": (SSE, {"kind": "llvm", "mcpu": "x86-64-v2"}),
@@ -50,6 +51,7 @@ def runnable(name: str) -> bool:
     needed = {
         "avx512": avx512,
         "vnni": avx512 | {"avx512_vnni"},
+        "amx": avx512 | {"avx512_vnni", "amx_tile", "amx_bf16"},
         "avx2_vnni": avx2 | {"avx_vnni"},
         "avx2": avx2,
         "sse": {"sse4_2"},

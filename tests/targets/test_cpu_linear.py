@@ -21,10 +21,11 @@ from qcc.quant_schemes.format import (
     mxfp4,
 )
 from qcc.quant_schemes.packing import in_layout, unpack, unpack_stream
+from qcc.runtime.machine import enable_tiles
 from qcc.targets.cpu.isa import AVX512, Isa, isa_of
 from qcc.targets.cpu.kernels import layout
-from qcc.targets.cpu.kernels.activations import HIGH, LOW, Activations, prepare
-from qcc.targets.cpu.kernels.linear import gemm, gemv, takes_codes
+from qcc.targets.cpu.kernels.activations import HIGH, LOW, TILES, TILES_FROM, Activations, prepare
+from qcc.targets.cpu.kernels.linear import gemm, gemv
 from qcc.targets.cpu.kernels.steps import MAX_STEP, steps_of
 from qcc.targets.cpu.kernels.table_rows import table_rows
 from qcc.targets.cpu.passes.schedule import schedule_loops
@@ -73,7 +74,7 @@ FORMATS = [
 ]
 # (n, k): rows that fill no vector and no panel, columns that fill no word, group or chunk.
 SHAPES = [(129, 297), (64, 20)]
-ROWS = (1, 5, 6, 23)  # of x: below, at and above the register tile's six
+ROWS = (5, 6, 23, 43)  # of x: below, at and above the register tile's six; two and three tiles
 
 
 def names(fmt: WeightFormat, n: int, k: int) -> str:
@@ -87,8 +88,10 @@ def functions(fmt: WeightFormat, n: int, k: int, isa: Isa) -> dict[str, Any]:
         "gemm": gemm(fmt, n, k, isa),
         "rows": table_rows(fmt, n, k, isa),
     }
-    if takes_codes(fmt, isa):
-        made["prepare"] = prepare(Activations.of(fmt, k), None, isa)
+    for name, rows in (("prepare1", 1), ("prepare", None)):
+        kind = Activations.of(fmt, k, rows == 1, isa)
+        if kind is not None:
+            made[name] = prepare(kind, rows, isa)
     for part in range(len(fmt.stored(n, k))):
         made[f"repack{part}"] = schedule_loops(layout.repack_func(fmt, n, k, part, isa), isa)
     return {
@@ -97,12 +100,17 @@ def functions(fmt: WeightFormat, n: int, k: int, isa: Isa) -> dict[str, Any]:
     }
 
 
+def shapes(fmt: WeightFormat) -> list[tuple[int, int]]:
+    """Both of some formats: the time goes into compiling."""
+    return SHAPES if fmt in FORMATS[::4] else SHAPES[:1]
+
+
 @functools.cache
 def built(processor: str, fmt: WeightFormat) -> Any:
     """The kernels of all shapes for a processor."""
     isa, description = PROCESSORS[processor]
     module: dict[str, Any] = {}
-    for n, k in SHAPES:
+    for n, k in shapes(fmt):
         module |= functions(fmt, n, k, isa)
     target = tvm.target.Target(description)
     assert isa_of(target) == isa
@@ -120,13 +128,30 @@ def repacked(lib: Any, fmt: WeightFormat, n: int, k: int, isa: Isa, parts: list[
     return made
 
 
-def activations(lib: Any, fmt: WeightFormat, n: int, x: Any, mode: int) -> list[Any]:
-    """What the kernels take after x: codes, scales and sums, junk in high precision, and mode."""
+def aligned(array: Any) -> Any:
+    """A tensor at a multiple of 64 bytes, as TVM's own are."""
+    found = tvm.runtime.empty(array.shape, str(array.dtype))
+    return found.copyfrom(array)
+
+
+def activations(lib: Any, fmt: WeightFormat, n: int, x: Any, mode: int, isa: Isa) -> list[Any]:
+    """What the kernels take after x: what `prepare` made, junk where it made nothing, and mode."""
     m, k = x.shape
-    made = [tensor(np.full(shape, 3, dtype)) for _, shape, dtype in Activations.of(fmt, k).parts(m)]
+    kind = Activations.of(fmt, k, m == 1, isa)
+    if kind is None:
+        return []
+    shapes = [([int(extent) for extent in shape], dtype) for _, shape, dtype in kind.parts(m)]
+    made = [aligned(np.full(shape, 3, dtype)) for shape, dtype in shapes]
     chosen = tensor(np.array([mode], np.int32))
-    lib[f"prepare_{names(fmt, n, k)}"](tensor(x), chosen, *made)
+    lib[f"prepare{1 if m == 1 else ''}_{names(fmt, n, k)}"](tensor(x), chosen, *made)
     return [*made, chosen]
+
+
+def bf16(numbers: Any, ties: str) -> Any:
+    """f64 of numbers rounded to bf16, ties to even or away from 0."""
+    bits = numbers.astype("float32").view(np.uint32)
+    half = 0x7FFF + (bits >> 16 & 1) if ties == "even" else np.uint32(0x8000)
+    return ((bits + half) & np.uint32(0xFFFF0000)).view("float32").astype("float64")
 
 
 def rounded(x: Any, codes: Any, scales: Any) -> Any:
@@ -144,6 +169,7 @@ def rounded(x: Any, codes: Any, scales: Any) -> Any:
 
 # Every format with table lookup, 16 lanes and VNNI; elsewhere each way to decode and to multiply.
 CASES = [("vnni", fmt) for fmt in FORMATS]
+CASES += [("amx", fmt) for fmt in (FLOATS[2], q(4, 32), asymmetric(2, 16, scale_bits=4), q(8, 24))]
 CASES += [("avx512", fmt) for fmt in (q(8, 32), q(2, 64, zero=1), asymmetric(8, "row", "bfloat16"))]
 CASES += [("avx2_vnni", fmt) for fmt in FORMATS[5::9]]
 CASES += [("avx2", fmt) for fmt in FORMATS[1::5]] + [("sse", fmt) for fmt in FORMATS[2::11]]
@@ -157,13 +183,20 @@ def processor(request: Any) -> str:
     return str(request.param)
 
 
+def modes(fmt: WeightFormat, isa: Isa) -> tuple[int, ...]:
+    """The modes that a format's kernels know."""
+    if isa.tiles and enable_tiles():
+        return (TILES,)  # of the others the tests of `vnni`
+    return (HIGH, LOW) if isa.dot and not fmt.is_float else (HIGH,)
+
+
 @pytest.mark.parametrize(("processor", "fmt"), CASES, ids=IDS, indirect=["processor"])
 def test_kernels(processor: str, fmt: WeightFormat) -> None:
     """gemv, gemm and table_rows over weights that the repack functions made."""
     isa, _ = PROCESSORS[processor]
     lib = built(processor, fmt)
     random = np.random.default_rng(0)
-    for n, k in SHAPES:
+    for n, k in shapes(fmt):
         parts, weights, bias = stored(fmt, n, k)
         size = np.abs(weights - bias) + np.abs(bias)
         packed = repacked(lib, fmt, n, k, isa, parts)
@@ -171,19 +204,19 @@ def test_kernels(processor: str, fmt: WeightFormat) -> None:
         def close(kind: str, m: int, mode: int, n: int = n, k: int = k, w: Any = weights,
                   p: Any = packed, size: Any = size) -> None:  # fmt: skip
             x = random.normal(size=(m, k)).astype("float32")
-            given: list[Any] = []
+            given = activations(lib, fmt, n, x, mode, isa)
             exact = x.astype("float64")
-            if takes_codes(fmt, isa):
-                given = activations(lib, fmt, n, x, mode)
-                if mode == LOW:
-                    exact = rounded(x, given[0].numpy(), given[1].numpy())
-            out = tensor(np.full((m, n), np.nan, "float32"))
+            if mode == TILES and m >= TILES_FROM:
+                exact, w = bf16(x, "even"), bf16(w, "away")
+            elif mode != HIGH and len(given) > 3:
+                exact = rounded(x, given[0].numpy(), given[1].numpy())
+            out = aligned(np.full((m, n), np.nan, "float32"))
             lib[f"{kind}_{names(fmt, n, k)}"](tensor(x), *given, *p, out)
             bound = np.abs(exact) @ size.T
             error = np.abs(out.numpy() - exact @ w.T)
             assert (error <= RELATIVE * bound + 1e-12).all(), (kind, n, k, m, (error / bound).max())
 
-        for mode in (HIGH, LOW) if takes_codes(fmt, isa) else (HIGH,):
+        for mode in modes(fmt, isa):
             close("gemv", 1, mode)
             for m in ROWS:
                 close("gemm", m, mode)
@@ -293,7 +326,7 @@ def test_aarch64_compiles(fmt: WeightFormat, tmp_path: Any) -> None:
     lib.mod.write_to_file(str(path), "o")
     data = path.read_bytes()
     assert data[:4] == b"\x7fELF" and data[18] == 183, "EM_AARCH64"
-    for n, k in SHAPES:
+    for n, k in shapes(fmt):
         assert f"gemv_{names(fmt, n, k)}".encode() in data
 
 

@@ -21,6 +21,8 @@ from tvm.tirx.script.builder import ir as T
 from qcc.quant_schemes.attributes import QUANTIZE_ACTIVATION, ROLE
 from qcc.quant_schemes.format import UNIT, WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
+from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels.row_sources import RowSource, Stored
 from qcc.targets.cpu.kernels.steps import steps_of
 from qcc.targets.cpu.kernels.tir import (
     i64,
@@ -59,6 +61,11 @@ class Activations:
     tiles: bool
 
     @classmethod
+    def none(cls, k: int) -> Activations:
+        """Nothing: of use where `prepare` has a source, whose rows it writes."""
+        return cls(k, GROUP, None, False)
+
+    @classmethod
     def of(cls, fmt: WeightFormat, k: int, single: bool, isa: Isa) -> Activations | None:
         """What the kernels of a format need for one row or for any number; None: only x."""
         tiles = isa.tiles and not single and fmt.bits < 32
@@ -89,30 +96,57 @@ class Activations:
 
 
 @cache
-def prepare(kind: Activations, rows: int | None, isa: Isa) -> tirx.PrimFunc:
+def prepare(
+    kind: Activations,
+    rows: int | None,
+    isa: Isa,
+    source: RowSource | None = None,
+    keeps: bool = True,
+) -> tirx.PrimFunc:
     """PrimFunc (x f32[m, k], mode int32[1]) -> `kind.parts`; nothing in mode HIGH.
 
-    `rows` None: any m. What a run does not multiply with is not written.
+    `rows` None: any m. With a `source` the arguments are the source's and mode, and x comes before
+    the parts. What a run does not multiply with is not written; x always, if it `keeps` it.
     """
     m = tirx.Var("m", "int64") if rows is None else rows
     written = kind.parts(m)
+    given = source or Stored(kind.k)
+    inputs = given.args(m)
 
-    def body(x: Any, mode: Any, *found: Any) -> None:
-        def codes() -> None:
-            if kind.sums is not None:
-                _for_rows(m, lambda row: _row_codes(kind, isa, x, found[:3], row))
+    def body(*buffers: Any) -> None:
+        sources, mode = list(buffers[: len(inputs)]), buffers[len(inputs)]
+        outputs = buffers[len(inputs) + 1 :]
+        x = outputs[0] if source else None
+        found = outputs[1:] if source else outputs
+        work = _Prepare(kind, isa, given, sources)
 
-        with T.If(mode[0] != HIGH), T.Then():
+        def few() -> None:
+            """Codes; a float weight's kernels take x for few rows."""
+            codes = found[:3] if kind.sums is not None else None
+            kept = x if keeps or codes is None else None
+            if codes is not None or kept is not None:
+                _for_rows(m, lambda row: work.row(row, codes, kept))
+
+        def choose() -> None:
             if not kind.tiles:
-                codes()
+                few()
                 return
             with T.If(tirx.all(mode[0] == TILES, m >= TILES_FROM)):
                 with T.Then():
-                    _tiles(kind, isa, x, found[-1], m)
+                    work.tiles(found[-1], m, x if keeps else None)
                 with T.Else():
-                    codes()
+                    few()
 
-    args = [("x", (m, kind.k), "float32"), ("mode", (1,), "int32"), *written]
+        with T.If(mode[0] != HIGH):
+            with T.Then():
+                choose()
+            if source:
+                with T.Else():
+                    _for_rows(m, lambda row: work.row(row, None, x))
+
+    if source:
+        written = [("y", (m, kind.k), "float32"), *written]
+    args = [*inputs, ("mode", (1,), "int32"), *written]
     attrs = {ROLE: QUANTIZE_ACTIVATION}
     return kernel("quantize_activation", args, body, attrs, outputs=len(written))
 
@@ -130,51 +164,64 @@ def _for_rows(rows: Any, body: Callable[[Any], None]) -> None:
             body(row)
 
 
-def _for_groups(
-    kind: Activations, isa: Isa, x: Any, row: Any, body: Callable[[list[Any], Any], None]
-) -> None:
-    """body(f32 vectors of GROUP columns, number of the group) for each group of a row of x."""
-    whole = kind.k // GROUP
+@dataclass(frozen=True)
+class _Prepare:
+    """What the rows of one call have in common."""
 
-    def group(source: Callable[[int], Any], number: Any) -> None:
-        body([T.bind(source(at)) for at in range(0, GROUP, isa.lanes)], number)
+    kind: Activations
+    isa: Isa
+    source: RowSource
+    buffers: list[Any]
 
-    if whole:
-        with serial(whole) as number:
-            group(lambda at: x[row, lanes_from(number * GROUP + at, isa.lanes)], number)
-    if kind.k % GROUP:
-        tail = T.alloc_buffer((GROUP,), "float32", scope="local", layout=None)
-        for at in range(0, GROUP, isa.lanes):
-            T.buffer_store(tail, splat(T.float32(0), isa.lanes), [lanes_from(at, isa.lanes)])
-        with serial(kind.k % GROUP) as i:
-            T.buffer_store(tail, x[row, whole * GROUP + i], [i])
-        group(lambda at: tail[lanes_from(at, isa.lanes)], i64(whole))
+    def row(self, row: Any, codes: Sequence[Any] | None, x: Any | None) -> None:
+        """Write a row's codes, scales and sums, or its numbers, or both."""
 
+        def group(values: list[Any], number: Any) -> None:
+            if codes is not None:
+                _group(self.kind, self.isa, values, *codes, row, number)
 
-def _tiles(kind: Activations, isa: Isa, x: Any, tiles: Any, rows: Any) -> None:
-    """Round all rows of x to bf16 tiles; what pads the last tile is left as it is."""
-    with parallel(tirx.floordiv(rows + ROWS - 1, ROWS)) as tile:
-        first = tile * ROWS
-        with serial(T.min(i64(ROWS), rows - first)) as row:
+        self._groups(row, x, group)
 
-            def group(values: list[Any], number: Any, row: Any = row) -> None:
-                low, high = values
-                name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-                both = T.call_llvm_pure_intrin("bfloat16x32", name, high, low)
-                words = T.reinterpret("uint32x16", both)
-                at = lanes_from(row * (COLUMNS // 2), isa.lanes)
-                T.buffer_store(tiles, words, [tile, number, at])
+    def tiles(self, tiles: Any, rows: Any, x: Any | None) -> None:
+        """Round all rows to bf16 tiles; what pads the last tile is left as it is."""
+        isa = self.isa
+        with parallel(tirx.floordiv(rows + ROWS - 1, ROWS)) as tile:
+            first = tile * ROWS
+            with serial(T.min(i64(ROWS), rows - first)) as inside:
 
-            _for_groups(kind, isa, x, first + row, group)
+                def group(values: list[Any], number: Any, inside: Any = inside) -> None:
+                    low, high = values
+                    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+                    both = T.call_llvm_pure_intrin("bfloat16x32", name, high, low)
+                    words = T.reinterpret("uint32x16", both)
+                    at = lanes_from(inside * (COLUMNS // 2), isa.lanes)
+                    T.buffer_store(tiles, words, [tile, number, at])
 
+                self._groups(first + inside, x, group)
 
-def _row_codes(kind: Activations, isa: Isa, x: Any, found: Sequence[Any], row: Any) -> None:
-    codes, scales, sums = found
-
-    def group(values: list[Any], number: Any) -> None:
-        _group(kind, isa, values, codes, scales, sums, row, number)
-
-    _for_groups(kind, isa, x, row, group)
+    def _groups(self, row: Any, x: Any | None, body: Callable[[list[Any], Any], None]) -> None:
+        """body(f32 vectors of GROUP columns, the group's number) over a row, also written to x."""
+        lanes, whole = self.isa.lanes, self.kind.k // GROUP
+        rest, offsets = self.kind.k % GROUP, range(0, GROUP, lanes)
+        found = self.source.row(self.isa, self.buffers, row)
+        if whole:
+            with serial(whole) as number:
+                values = [vx.keep(found.at(number * GROUP + at, lanes), lanes) for at in offsets]
+                if x is not None:
+                    for at, value in zip(offsets, values, strict=True):
+                        index = lanes_from(number * GROUP + at, lanes)
+                        T.buffer_store(x, value, [row, index])
+                body(values, number)
+        if rest:
+            tail = T.alloc_buffer((GROUP,), "float32", scope="local", layout=None)
+            for at in offsets:
+                T.buffer_store(tail, splat(T.float32(0), lanes), [lanes_from(at, lanes)])
+            with serial(rest) as i:
+                value = vx.keep(found.at(whole * GROUP + i, 1), 1)
+                T.buffer_store(tail, value, [i])
+                if x is not None:
+                    T.buffer_store(x, value, [row, whole * GROUP + i])
+            body([tail[lanes_from(at, lanes)] for at in offsets], i64(whole))
 
 
 def _group(

@@ -30,8 +30,10 @@ from qcc.targets.cpu.kernels import layout
 from qcc.targets.cpu.kernels.activations import Activations, prepare
 from qcc.targets.cpu.kernels.experts import expert_order, experts_gemm, experts_gemv
 from qcc.targets.cpu.kernels.linear import gemm, gemv
+from qcc.targets.cpu.kernels.row_sources import RowSource
 from qcc.targets.cpu.kernels.setting import PRECISION, setting
 from qcc.targets.cpu.kernels.table_rows import table_rows
+from qcc.targets.cpu.passes.match_source import Uses, match_source
 from qcc.targets.matching import (
     Bindings,
     ExpertLayer,
@@ -73,11 +75,13 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         self.flat: dict[Any, Any] = {}  # x -> its rows as a matrix
         self.prepared: dict[tuple[Any, Activations], list[Any]] = {}
         self.mode: Any = None
+        self.uses: dict[Any, list[rx.Call | None]] = {}
         self.added: dict[tirx.PrimFunc, Any] = {}  # the builder would hash a kernel every time
 
     def function(self, gv: Any, func: rx.Function) -> None:
         self.bindings, self.packed, self.orders = {}, {}, {}
         self.flat, self.prepared, self.mode = {}, {}, None
+        self.uses = Uses().find(func)
         self.builder_.update_func(gv, self.visit_expr(func))
 
     def visit_var_binding_(self, binding: rx.VarBinding) -> None:
@@ -144,25 +148,63 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
 
     def _activations(self, match: Weight, x: rx.Expr, rows: Any) -> list[Any]:
         """What a kernel takes before the parts of a weight."""
+        kind = Activations.of(match.format, match.k, _is_one(rows), self.isa)
         if x not in self.flat:
-            flat = rx.op.reshape(self.visit_expr(x), (rows, match.k))
-            self.flat[x] = self.builder_.emit(flat)
-        flat = self.flat[x]
-        single = _is_one(rows)
-        kind = Activations.of(match.format, match.k, single, self.isa)
+            found = match_source(self.bindings, x, match.k)
+            kinds = self._kinds_of_uses(x) if found else None
+            if found and kinds is not None:
+                source, inputs = found
+                kind_or_none = kind or Activations.none(match.k)
+                self._computed(x, rows, kind_or_none, source, inputs, len(kinds) > 1)
+            else:
+                flat = rx.op.reshape(self.visit_expr(x), (rows, match.k))
+                self.flat[x] = self.builder_.emit(flat)
         if kind is None:
-            return [flat]
+            return [self.flat[x]]
         if (x, kind) not in self.prepared:
-            func = prepare(kind, 1 if single else None, self.isa)
-            gv = self._add(func, "prepare")
-            types = [rx.TensorType(shape, dtype) for _, shape, dtype in kind.parts(rows)]
-            made = self.builder_.emit(
-                rx.call_tir(gv, [flat, self._mode()], out_ty=types[0] if len(types) == 1 else types)
-            )
-            alone = len(types) == 1  # call_tir returns one output by itself
-            parts = [made] if alone else [rx.TupleGetItem(made, i) for i in range(len(types))]
-            self.prepared[x, kind] = [self.builder_.emit(part) for part in parts]
-        return [flat, *self.prepared[x, kind], self._mode()]
+            func = prepare(kind, 1 if _is_one(rows) else None, self.isa)
+            self.prepared[x, kind] = self._prepare(func, [self.flat[x]], kind.parts(rows))
+        return [self.flat[x], *self.prepared[x, kind], self._mode()]
+
+    def _kinds_of_uses(self, x: Any) -> set[Activations | None] | None:
+        """How the linear layers that multiply x take it; None: something else uses it too."""
+        kinds = set()
+        for call in self.uses[x]:
+            match = None if call is None else match_linear(self.mod, self.bindings, call)
+            if match is None or not call.args[0].same_as(x):
+                return None
+            rows = _product(list(x.ty.shape)[:-1])
+            kinds.add(Activations.of(match.format, match.k, _is_one(rows), self.isa))
+        return kinds
+
+    def _computed(
+        self,
+        x: Any,
+        rows: Any,
+        kind: Activations,
+        source: RowSource,
+        inputs: list[Any],
+        keeps: bool,
+    ) -> None:
+        """Emit the rows of x and how they are taken, from what they are computed from."""
+        args = []
+        for (_, shape, _), value in zip(source.args(rows), inputs, strict=True):
+            args.append(self.builder_.emit(rx.op.reshape(self.visit_expr(value), shape)))
+        func = prepare(kind, 1 if _is_one(rows) else None, self.isa, source, keeps)
+        y = ("y", (rows, kind.k), "float32")
+        self.flat[x], *parts = self._prepare(func, args, [y, *kind.parts(rows)])
+        self.prepared[x, kind] = parts
+
+    def _prepare(self, func: tirx.PrimFunc, args: list[Any], outputs: list[Any]) -> list[Any]:
+        """The results of a `prepare`."""
+        gv = self._add(func, "prepare")
+        types = [rx.TensorType(shape, dtype) for _, shape, dtype in outputs]
+        alone = len(types) == 1  # call_tir returns one output by itself
+        ty = types[0] if alone else types
+        made = self.builder_.emit(rx.call_tir(gv, [*args, self._mode()], out_ty=ty))
+        if alone:
+            return [made]
+        return [self.builder_.emit(rx.TupleGetItem(made, i)) for i in range(len(types))]
 
     def _mode(self) -> Any:
         """The precision at run time, once a function."""
