@@ -60,6 +60,12 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         default=None,
         help="how the KV cache keeps keys and values (default: f16, f32 with --precision high)",
     )
+    running.add_argument(
+        "--weights",
+        choices=("ram", "mmap"),
+        default="ram",
+        help="ram: read into memory, fastest; mmap: pages shared with other processes",
+    )
     return running
 
 
@@ -127,6 +133,7 @@ def load(args: argparse.Namespace, max_batch_size: int = 1) -> LLM:
             progress=shown_progress(),
             precision=args.precision,
             kv=args.kv,
+            weights=args.weights,
         )
     for warning in caught:
         print(f"qcc: warning: {warning.message}", file=sys.stderr)

@@ -45,6 +45,7 @@ class LLM:
         progress: Callable[[str, int, int], None] | None = None,
         precision: str | None = None,
         kv: str | None = None,
+        weights: str | None = None,
     ) -> None:
         """Open the artifact and load its library for `device`.
 
@@ -58,6 +59,8 @@ class LLM:
             precision: high (float32 activations) or low (int8); None: low.
             kv: how the KV cache keeps keys and values: f32, f16 or int8; None: f32 where the
                 precision is high, else f16.
+            weights: ram (read into memory of this process, in huge pages) or mmap (pages of the
+                files, shared with other processes); None: ram.
 
         Raises:
             QccError: a damaged or unfit artifact, sizes beyond it, too little memory.
@@ -82,9 +85,10 @@ class LLM:
                 device,
                 context_window,
                 max_batch_size,
-                report("repack weights"),
+                report("load weights"),
                 precision,
                 kv,
+                weights,
             )
             self.tokenizer = tokenizer.result()
         self.limits = self.model.limits

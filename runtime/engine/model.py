@@ -12,7 +12,8 @@ from qcc.runtime.artifact import Artifact
 from qcc.runtime.engine.library import Floats, KVCache, Library, Tokens, total_pages
 from qcc.runtime.engine.memory import available_bytes, choose_total_tokens
 from qcc.runtime.engine.settings import default_kv, settings
-from qcc.runtime.engine.weights import Progress, load_slots
+from qcc.runtime.engine.weight_memory import Progress, check_weights
+from qcc.runtime.engine.weights import load_slots
 from qcc.runtime.errors import QccError
 from qcc.runtime.machine import enable_tiles
 
@@ -87,6 +88,7 @@ class CompiledModel:
         progress: Progress | None = None,
         precision: str | None = None,
         kv: str | None = None,
+        weights: str | None = None,
     ) -> None:
         """Load library and weights and reserve the KV cache, which keeps its numbers as `kv` says.
 
@@ -102,7 +104,8 @@ class CompiledModel:
         length = _length(meta.max_length, context_window, meta.sliding_window_size)
         # Before the weights are touched: what does not fit shall fail at once.
         total = choose_total_tokens(meta, length, batch, available_bytes())
-        library.bind(load_slots(artifact, library, progress, settings(precision)))
+        where = check_weights(weights)
+        library.bind(load_slots(artifact, library, progress, settings(precision), where))
         slides = meta.max_length is None
         chunk = min(meta.prefill_chunk_size, length)
         self.library = library

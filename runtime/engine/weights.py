@@ -23,12 +23,18 @@ from qcc.runtime.artifact import Artifact
 from qcc.runtime.engine import tvm_runtime
 from qcc.runtime.engine.library import Library
 from qcc.runtime.engine.metadata import Slot, TensorType
+from qcc.runtime.engine.weight_memory import (
+    ALIGNMENT,
+    Part,
+    Progress,
+    aligned_copy,
+    as_tensor,
+    place,
+)
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir, remove_stale, write_file
 
-ALIGNMENT = 64  # bytes; TVM's kernels may assume it
 Array = np.ndarray[Any, Any]
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def load_slots(
@@ -36,8 +42,11 @@ def load_slots(
     library: Library,
     progress: Progress | None = None,
     settings: Mapping[str, Array] | None = None,
+    weights: str = "mmap",
 ) -> list[Any]:
     """The tensors of the packed tuple, in its order; `settings` by name, 0 where it has none.
+
+    `weights` is ram or mmap, as weight_memory.py has it.
 
     Raises:
         QccError: the stored tensors are not those that the library was compiled for.
@@ -58,24 +67,20 @@ def load_slots(
                 f"repacked weights are not cached, so every start repacks them: {err}", stacklevel=2
             )
             made = {index: maker.tensor(maker.slots[index]) for index in layout}
-    maps: dict[Path, Any] = {}
+    slots = dict(enumerate(library.metadata.slots))
+    given = {i: _setting(s.type, settings or {}) for i, s in slots.items() if s.setting is not None}
+    rest = [index for index in slots if index not in given and index not in made]
 
-    def mapped(file: Path, offset: int, kind: TensorType) -> Any:
-        if file not in maps:
-            maps[file] = np.memmap(file, np.uint8, "c")
-        return as_tensor(maps[file], offset, kind)
-
-    def tensor(index: int, slot: Slot) -> Any:
-        if slot.setting is not None:
-            return _setting(slot.type, settings or {})
-        if index in made:
-            return made[index]
+    def part(index: int) -> Part:
+        kind = slots[index].type
         if index in layout:
-            return mapped(path, layout[index], slot.type)
-        record = artifact.records[slot.stored[0]]
-        return mapped(artifact.folder / record.shard, record.offset, slot.type)
+            return Part(path, layout[index], kind)
+        record = artifact.records[slots[index].stored[0]]
+        return Part(artifact.folder / record.shard, record.offset, kind)
 
-    return [tensor(index, slot) for index, slot in enumerate(library.metadata.slots)]
+    placed = dict(zip(rest, place([part(i) for i in rest], weights, progress), strict=True))
+    found = given | made | placed
+    return [found[index] for index in slots]
 
 
 def _setting(kind: TensorType, settings: Mapping[str, Array]) -> Any:
@@ -194,26 +199,6 @@ def slot_of(library: Library, slot: Slot, read: Callable[[str], np.ndarray[Any, 
     if got != slot.type:
         raise AssertionError(f"{slot.repack} made {got}, the library expects {slot.type}")
     return made
-
-
-def aligned_copy(flat: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """uint8[n] at an address that is a multiple of 64; `flat` itself where it lies so already."""
-    if flat.ctypes.data % ALIGNMENT == 0:
-        return flat
-    room = np.empty(flat.size + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    room[start : start + flat.size] = flat
-    return room[start : start + flat.size]
-
-
-def as_tensor(memory: np.ndarray[Any, np.dtype[np.uint8]], offset: int, kind: TensorType) -> Any:
-    """A tensor of TVM over bytes of `memory` (uint8[n], writable), which it keeps alive."""
-    part = memory[offset : offset + kind.nbytes]
-    ffi = tvm_runtime.load()
-    if kind.dtype == "bfloat16":
-        bits = ffi.from_dlpack(part.view(np.uint16).reshape(kind.shape))
-        return tvm_runtime.bfloat16_view(bits, kind.shape)
-    return ffi.from_dlpack(part.view(kind.dtype).reshape(kind.shape))
 
 
 def as_bytes(tensor: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
