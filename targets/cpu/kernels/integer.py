@@ -22,6 +22,7 @@ from qcc.targets.cpu.kernels.tir import (
     fma,
     i64,
     lanes_from,
+    prefetch,
     registers,
     serial,
     splat,
@@ -29,8 +30,7 @@ from qcc.targets.cpu.kernels.tir import (
 )
 
 UNROLLED = 128  # columns of a loop iteration for one row
-AHEAD = 2048  # bytes ahead of the codes in use that are prefetched
-LINE = 64  # bytes
+SCALES_AHEAD = 512  # bytes from the scales in use to those that are prefetched
 
 
 def integer_products(
@@ -58,10 +58,14 @@ def integer_products(
         for first, columns in step.steps.segments(count):
             work.segment(step, first, columns)
 
+    words = steps.step // UNIT * fmt.bits
+    others = _every_step(parts[1:], k, steps.step)
     whole, many = k // steps.step, max(1, UNROLLED // steps.step // len(rows))
     if whole >= many:
         with serial(whole // many) as i:
-            _prefetch(isa, fmt, parts[0], block, i * many, steps.step, many)
+            prefetch(parts[0], block, i * many * words, many * words)
+            for part, columns in others:
+                prefetch(part, block, i * many * columns, many * columns, SCALES_AHEAD)
             for number in range(many):
                 one_step(i * many + number, steps.step)
     for number in range(whole - whole % many, whole):
@@ -71,16 +75,10 @@ def integer_products(
     return [total[0] for total in totals]
 
 
-def _prefetch(
-    isa: Isa, fmt: WeightFormat, words: Any, block: Any, index: Any, step: int, many: int
-) -> None:
-    """Ask for the words of `many` steps that come AHEAD bytes after step `index`."""
-    per_step, each = step // UNIT * fmt.bits, LINE // (4 * isa.lanes)
-    first = index * per_step + AHEAD // (4 * isa.lanes)
-    for word in range(0, per_step * many, each):
-        # Past the last word nothing is read: a prefetch never faults.
-        where = T.address_of(words[block, first + word, 0])
-        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", where, 0, 3, 1))
+def _every_step(parts: list[Any], k: int, step: int) -> list[tuple[Any, int]]:
+    """Parts with whole columns for every step of a row, and how many."""
+    found = [(part, int(part.shape[1]) * step) for part in parts]
+    return [(part, columns // k) for part, columns in found if columns >= k and columns % k == 0]
 
 
 class _Work:

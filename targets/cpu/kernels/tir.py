@@ -11,6 +11,9 @@ from tvm.tirx.script.builder import ir as T
 
 from qcc.quant_schemes.attributes import OP_PATTERN, OPAQUE, SCHEDULED
 
+AHEAD = 3072  # bytes from what a GEMV reads to what it prefetches
+LINE = 64  # bytes
+ITEMSIZE = {"uint32": 4, "float32": 4, "float16": 2, "uint16": 2, "uint8": 1}
 MAX_STACK_BYTES = 1024  # TVM keeps a local buffer of up to this size on the stack
 
 
@@ -93,6 +96,19 @@ def zeros(lanes: int) -> Any:
 def registers(count: int, lanes: int) -> list[Any]:
     """`count` local f32 vectors, each its own buffer so that LLVM keeps it in a register."""
     return [T.alloc_buffer((1,), f"float32x{lanes}", layout=None) for _ in range(count)]
+
+
+def prefetch(packed: Any, block: Any, first: Any, count: int, ahead: int = AHEAD) -> None:
+    """Ask for the vectors `ahead` bytes after columns first ... first + count of a block.
+
+    `packed` [blocks, columns, L] goes on in the next block; what lies past its end is asked for in
+    vain, which never faults.
+    """
+    size = int(packed.shape[2]) * ITEMSIZE[str(packed.dtype)]
+    for column in range(0, count, max(1, LINE // size)):
+        where = T.address_of(packed[block, first + (ahead // size + column), 0])
+        read, second_cache, data = 0, 2, 1
+        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", where, read, second_cache, data))
 
 
 def tree_sum(values: list[Any]) -> Any:
