@@ -10,7 +10,9 @@ import pytest
 import tvm
 
 from qcc.quant_schemes.format import WeightFormat, mxfp4
+from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels import layout
+from qcc.targets.cpu.kernels.activations import HIGH, LOW, Activations, prepare
 from qcc.targets.cpu.kernels.experts import FEW, expert_order, experts_gemm, experts_gemv
 from qcc.targets.cpu.passes.schedule import schedule_loops
 
@@ -33,8 +35,12 @@ EXPERTS, SLOTS = 7, 3
 # (n, k, pairs that share a row of x): an expert's rows fill no vector; they fill panels. Columns
 # fill no group or chunk.
 SHAPES = [(77, 105, SLOTS), (128, 40, 1)]
-CASES = [("avx512", fmt) for fmt in FORMATS] + [("avx2", fmt) for fmt in FORMATS[2::3]]
-IDS = [f"{processor}-{fmt.bits}-{fmt.group}-{fmt.grid}" for processor, fmt in CASES]
+CASES = [("vnni", fmt) for fmt in FORMATS] + [("avx2", fmt) for fmt in FORMATS[2::3]]
+IN_MODES = [(*case, HIGH) for case in CASES]
+IN_MODES += [(*case, LOW) for case in CASES if not case[1].is_float]
+IDS = [
+    f"{p}-{f.bits}-{f.group}-{f.grid}-{'high' if m == HIGH else 'low'}" for p, f, m in IN_MODES
+]
 
 
 @functools.cache
@@ -42,6 +48,9 @@ def built(processor: str, fmt: WeightFormat) -> Any:
     isa, description = PROCESSORS[processor]
     made: dict[str, Any] = {"order": expert_order(EXPERTS)}
     for n, k, each in SHAPES:
+        kind = Activations.of(fmt, k, True, isa)
+        if kind is not None:
+            made[f"prepare_{n}"] = prepare(kind, None, isa)
         made[f"one_{n}"] = experts_gemv(fmt, EXPERTS, n, k, SLOTS // each, SLOTS, isa)
         made[f"many_{n}"] = experts_gemm(fmt, EXPERTS, n, k, each, isa)
         for part in range(len(fmt.stored(n, k))):
@@ -82,8 +91,19 @@ def starts_and_order(lib: Any, ids: Any) -> tuple[Any, Any]:
     return starts, order
 
 
-@pytest.mark.parametrize(("processor", "fmt"), CASES, ids=IDS)
-def test_products_of_pairs(processor: str, fmt: WeightFormat) -> None:
+def prepared(lib: Any, fmt: WeightFormat, n: int, x: Any, mode: int, isa: Isa) -> list[Any]:
+    """What the kernels take after x."""
+    kind = Activations.of(fmt, x.shape[1], True, isa)
+    if kind is None:
+        return []
+    made = [tensor(np.full(shape, 3, dtype)) for _, shape, dtype in kind.parts(len(x))]
+    chosen = tensor(np.array([mode], np.int32))
+    lib[f"prepare_{n}"](tensor(x), chosen, *made)
+    return [*made, chosen]
+
+
+@pytest.mark.parametrize(("processor", "fmt", "mode"), IN_MODES, ids=IDS)
+def test_products_of_pairs(processor: str, fmt: WeightFormat, mode: int) -> None:
     if not runnable(processor):
         pytest.skip(f"this machine does not run {processor}")
     isa, _ = PROCESSORS[processor]
@@ -103,12 +123,18 @@ def test_products_of_pairs(processor: str, fmt: WeightFormat) -> None:
             counts |= {int(c) for c in np.bincount(chosen, minlength=EXPERTS)}
             in_use = poisoned(packed, {int(e) for e in chosen})
             x = random.normal(size=(ids.size // each, k)).astype("float32")
+            given = prepared(lib, fmt, n, x, mode, isa)
+            exact_x = x.astype("float64")
+            if mode == LOW:
+                # What codes stand for; how they are chosen is test_cpu_linear's business.
+                codes, scales = (part.numpy().astype("float64") for part in given[:2])
+                exact_x = (codes * np.repeat(scales, 32, axis=1))[:, :k]
             out = tensor(np.full((ids.size, n), np.nan, "float32"))
             if tokens == 1:
-                lib[f"one_{n}"](tensor(x), *in_use, tensor(chosen), out)
+                lib[f"one_{n}"](tensor(x), *given, *in_use, tensor(chosen), out)
             else:
-                lib[f"many_{n}"](tensor(x), *in_use, *starts_and_order(lib, ids), out)
-            of_pair = np.repeat(x, each, axis=0).astype("float64")
+                lib[f"many_{n}"](tensor(x), *given, *in_use, *starts_and_order(lib, ids), out)
+            of_pair = np.repeat(exact_x, each, axis=0)
             exact = np.einsum("pk,pnk->pn", of_pair, by_expert[chosen])
             bound = np.einsum("pk,pnk->pn", np.abs(of_pair), size[chosen])
             error = np.abs(out.numpy() - exact)

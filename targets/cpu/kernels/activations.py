@@ -153,8 +153,8 @@ def prepare(
 
 def _for_rows(rows: Any, body: Callable[[Any], None]) -> None:
     """A loop over rows, parallel where there are more than FEW_ROWS."""
-    if isinstance(rows, int) and rows <= FEW_ROWS:
-        with serial(rows) as row:
+    if isinstance(rows, int):
+        with serial(rows) if rows <= FEW_ROWS else parallel(rows) as row:
             body(row)
         return
     with T.If(rows > FEW_ROWS):

@@ -6,6 +6,7 @@ weights of its own expert, so what no pair uses is never read. `ids` are below `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,42 +16,92 @@ from tvm.tirx.script.builder import ir as T
 from qcc.quant_schemes.attributes import EXPERT_ORDER, LINEAR, ROLE
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa
+from qcc.targets.cpu.kernels.activations import HIGH, Activations
 from qcc.targets.cpu.kernels.gemm import Rows, multiply_panel
 from qcc.targets.cpu.kernels.gemv import products, store_lanes, sums_of
+from qcc.targets.cpu.kernels.integer import integer_products
 from qcc.targets.cpu.kernels.layout import packed_parts, row_blocks
 from qcc.targets.cpu.kernels.tir import i64, kernel, parallel, serial
 
 FEW = 3  # pairs of an expert
+AT_ONCE = 4  # pairs of an expert that share unpacked codes
 
 
 @cache
 def experts_gemv(
     fmt: WeightFormat, experts: int, n: int, k: int, rows: int, pairs: int, isa: Isa
 ) -> tirx.PrimFunc:
-    """PrimFunc (x f32[rows, k], parts, ids int32[pairs]) -> y f32[pairs, n].
+    """PrimFunc (x f32[rows, k], [prepared, mode], parts, ids int32[pairs]) -> y f32[pairs, n].
 
     Pair p multiplies row p // (pairs / rows) of x with expert ids[p].
     """
+    blocks = -(-n // isa.lanes)
 
-    def body(x: Any, *rest: Any) -> None:
-        *parts, ids, out = rest
-        sums = sums_of(fmt, x, i64(0), rows, k)
-        blocks = -(-n // isa.lanes)
+    def for_blocks(ids: Any, out: Any, value: Callable[[Any, Any], Any]) -> None:
+        """Store value(row of x, block) for every pair and block of rows of its expert."""
         with parallel(pairs * blocks) as i:
             pair = T.bind(tirx.floordiv(i, blocks))
             within = T.bind(tirx.floormod(i, blocks))
             block = T.bind(T.cast(ids[pair], "int64") * row_blocks(n, isa) + within)
-            row = tirx.floordiv(pair, pairs // rows)
-            value = products(isa, fmt, k, parts, block, x, row, sums, row)
-            store_lanes(isa, out, pair, within * isa.lanes, n, value)
+            row = T.bind(tirx.floordiv(pair, pairs // rows))
+            store_lanes(isa, out, pair, within * isa.lanes, n, value(row, block))
+
+    def body(x: Any, *rest: Any) -> None:
+        *given, ids, out = rest
+        prepared, mode, parts = _prepared(fmt, k, isa, given)
+
+        def high() -> None:
+            sums = sums_of(fmt, x, i64(0), rows, k)
+            for_blocks(
+                ids,
+                out,
+                lambda row, block: products(isa, fmt, k, parts, block, x, row, sums, row),
+            )
+
+        def low() -> None:
+            def value(row: Any, block: Any) -> Any:
+                return integer_products(isa, fmt, k, parts, block, prepared, [row])[0]
+
+            for_blocks(ids, out, value)
+
+        _by_precision(mode, high, low)
 
     args = [
-        ("x", (rows, k), "float32"),
+        *_activations(fmt, k, isa, rows),
         *packed_parts(fmt, n, k, isa, experts),
         ("ids", (pairs,), "int32"),
         ("y", (pairs, n), "float32"),
     ]
     return kernel("experts_gemv", args, body, {ROLE: LINEAR})
+
+
+def _activations(fmt: WeightFormat, k: int, isa: Isa, rows: Any) -> list[Any]:
+    """The arguments before the parts of a weight: x, and its codes where the kernels take them."""
+    kind = Activations.of(fmt, k, True, isa)
+    found: list[Any] = [("x", (rows, k), "float32")]
+    return found if kind is None else [*found, *kind.parts(rows), ("mode", (1,), "int32")]
+
+
+def _prepared(
+    fmt: WeightFormat, k: int, isa: Isa, given: list[Any]
+) -> tuple[list[Any], Any | None, list[Any]]:
+    """(prepared, mode, parts) of the arguments after x; no mode: x is always taken as it is."""
+    kind = Activations.of(fmt, k, True, isa)
+    if kind is None:
+        return [], None, given
+    count = len(kind.parts(1))
+    return given[:count], given[count], given[count + 1 :]
+
+
+def _by_precision(mode: Any | None, high: Callable[[], None], low: Callable[[], None]) -> None:
+    if mode is None:
+        high()
+        return
+    with T.If(mode[0] == HIGH):
+        with T.Then():
+            high()
+        with T.Else():
+            low()
 
 
 @cache
@@ -89,16 +140,18 @@ def expert_order(experts: int) -> tirx.PrimFunc:
 def experts_gemm(
     fmt: WeightFormat, experts: int, n: int, k: int, each: int, isa: Isa
 ) -> tirx.PrimFunc:
-    """PrimFunc (x f32[r, k], parts, starts, order of `expert_order`) -> y f32[p, n], any r and p.
+    """PrimFunc (x f32[r, k], [prepared, mode], parts, starts, order) -> y f32[p, n], any r and p.
 
-    Pair p multiplies row p // each of x. The threads share the panels of every expert, so that
-    they have equal work however the tokens choose. An expert of FEW pairs or less is read once for
-    each, as `gemv` does: a panel is worth expanding only for more.
+    `starts` and `order` are those of `expert_order`. Pair p multiplies row p // each of x. The
+    threads share the panels of every expert, so that they have equal work however the tokens
+    choose. In high precision an expert of FEW pairs or less is read once for each, as by a GEMV: a
+    panel is worth expanding only for more. Codes are unpacked for AT_ONCE pairs.
     """
     rows, pairs = tirx.Var("r", "int64"), tirx.Var("p", "int64")
 
     def body(x: Any, *rest: Any) -> None:
-        *parts, starts, order, out = rest
+        *given, starts, order, out = rest
+        prepared, mode, parts = _prepared(fmt, k, isa, given)
         with parallel(row_blocks(n, isa) // isa.tile_n * experts) as i:
             panel = T.bind(tirx.floordiv(i, experts))
             expert = T.bind(tirx.floormod(i, experts))
@@ -110,20 +163,43 @@ def experts_gemm(
 
             found = Rows(count, lambda number: tirx.floordiv(pair(number), each), pair)
             block = expert * row_blocks(n, isa) + panel * isa.tile_n
-            with T.If(count > FEW):
-                with T.Then():
-                    multiply_panel(isa, fmt, n, k, parts, x, out, panel, block, found)
-                with T.Else(), serial(count) as number:
-                    row = T.bind(found.source(number))
-                    sums = sums_of(fmt, x, row, 1, k)
-                    with serial(isa.tile_n) as v:
-                        column = T.bind((panel * isa.tile_n + v) * isa.lanes)
-                        with T.If(column < n), T.Then():
-                            value = products(isa, fmt, k, parts, block + v, x, row, sums, i64(0))
-                            store_lanes(isa, out, pair(number), column, n, value)
+
+            def low() -> None:
+                with serial(isa.tile_n) as v:
+                    column = T.bind((panel * isa.tile_n + v) * isa.lanes)
+                    with T.If(column < n), T.Then():
+                        by_codes(prepared, parts, out, found, block + v, column)
+
+            _by_precision(mode, lambda: high(x, parts, out, panel, block, found), low)
+
+    def by_codes(
+        prepared: list[Any], parts: list[Any], out: Any, found: Rows, block: Any, column: Any
+    ) -> None:
+        with serial(tirx.floordiv(found.count + AT_ONCE - 1, AT_ONCE)) as tile:
+            numbers = [tile * AT_ONCE + i for i in range(AT_ONCE)]
+            last = found.count - 1
+            sources = [T.bind(found.source(T.min(number, last))) for number in numbers]
+            values = integer_products(isa, fmt, k, parts, block, prepared, sources)
+            for number, value in zip(numbers, values, strict=True):
+                with T.If(number <= last), T.Then():
+                    store_lanes(isa, out, found.target(number), column, n, value)
+
+    def high(x: Any, parts: list[Any], out: Any, panel: Any, block: Any, found: Rows) -> None:
+        count = found.count
+        with T.If(count > FEW):
+            with T.Then():
+                multiply_panel(isa, fmt, n, k, parts, x, out, panel, block, found)
+            with T.Else(), serial(count) as number:
+                row = T.bind(found.source(number))
+                sums = sums_of(fmt, x, row, 1, k)
+                with serial(isa.tile_n) as v:
+                    column = T.bind((panel * isa.tile_n + v) * isa.lanes)
+                    with T.If(column < n), T.Then():
+                        value = products(isa, fmt, k, parts, block + v, x, row, sums, i64(0))
+                        store_lanes(isa, out, found.target(number), column, n, value)
 
     args = [
-        ("x", (rows, k), "float32"),
+        *_activations(fmt, k, isa, rows),
         *packed_parts(fmt, n, k, isa, experts),
         ("starts", (experts + 1,), "int32"),
         ("order", (pairs,), "int32"),

@@ -46,7 +46,7 @@ def integer_products(
 
     A block is L rows of the weight; `rows` are int64 expressions.
     """
-    steps, kind = steps_of(fmt, k), Activations.of(fmt, k, len(rows) == 1, isa)
+    steps, kind = steps_of(fmt, k), Activations.of(fmt, k, True, isa)
     assert kind is not None, f"{fmt} takes no codes"
     totals = registers(len(rows), isa.lanes)
     for total in totals:

@@ -7,9 +7,9 @@ After:   p0 = call_tir(repack, (q,)); p1 = call_tir(repack, (s,))     # HoistRep
          y = call_tir(gemv or gemm, (reshape(x), codes, scales, sums, mode, p0, p1)), reshaped back
 A float weight's kernels take neither codes nor mode.
 
-Layers of experts, one token:    y = call_tir(experts_gemv, (x, p0, p1, ids))
+Layers of experts, one token:    y = call_tir(experts_gemv, (x, codes, ..., mode, p0, p1, ids))
 more tokens:                     starts, order = call_tir(expert_order, (ids,))   # once for all
-                                 y = call_tir(experts_gemm, (x, p0, p1, starts, order))
+                                 y = call_tir(experts_gemm, (x, ..., p0, p1, starts, order))
 
 Norms and biases stored in 16 bits are cast to f32 the same way. The rows of a table that some
 function multiplies with as well (a tied lm_head) are read from the repacked weight, so that the
@@ -220,16 +220,20 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         x, ids = self.visit_expr(layer.x), self.visit_expr(layer.ids)
         tokens, slots = ids.ty.shape
         rows, pairs = _product(list(x.ty.shape)[:-1]), _product([tokens, slots])
-        flat_x = self.builder_.emit(rx.op.reshape(x, (rows, k)))
+        given = [self.builder_.emit(rx.op.reshape(x, (rows, k)))]
+        kind = Activations.of(weight.format, k, True, self.isa)
+        if kind is not None:
+            func = prepare(kind, int(rows) if isinstance(rows, tirx.IntImm) else None, self.isa)
+            given += [*self._prepare(func, given, kind.parts(rows)), self._mode()]
         if _is_one(tokens):
             sizes = layer.experts, n, k, int(rows), int(pairs)
             gv = self._add(experts_gemv(weight.format, *sizes, self.isa), "experts_gemv")
-            args = [flat_x, *parts, self.builder_.emit(rx.op.reshape(ids, (pairs,)))]
+            args = [*given, *parts, self.builder_.emit(rx.op.reshape(ids, (pairs,)))]
         else:
             each = 1 if len(x.ty.shape) == 3 else int(slots)
             func = experts_gemm(weight.format, layer.experts, n, k, each, self.isa)
             gv = self._add(func, "experts_gemm")
-            args = [flat_x, *parts, *self._order(layer, ids, pairs)]
+            args = [*given, *parts, *self._order(layer, ids, pairs)]
         out = rx.TensorType((pairs, n), "float32")
         y = self.builder_.emit(rx.call_tir(gv, args, out_ty=out))
         return rx.op.reshape(y, list(ty.shape))
