@@ -204,7 +204,8 @@ def build_library(
         return made
 
     bounds = {"n": plan.sizes.prefill_chunk_size, "b": plan.sizes.max_batch_size}
-    bounds["kv"] = max(storage.num_attention_heads for storage in _storages(plan, spec, target))
+    heads = [storage.num_attention_heads for storage in _storages(plan, spec, target)]
+    bounds["kv"] = max(heads, default=1)
     passes = pipeline.lowering(
         bounds,
         spec.passes("lower", target, options.opt),
@@ -290,7 +291,9 @@ def _metadata(
 
 
 def _storages(plan: Plan, spec: TargetSpec, target: Any) -> tuple[KVStorage, ...]:
-    """How the KV cache can keep keys and values, the default first."""
+    """How the KV cache can keep keys and values, the compute dtype first; () without a cache."""
+    if plan.embedding is not None:
+        return ()
     kv = kv_cache_config(plan, spec.compute_dtype or plan.scheme.dtype)
     name = {"float32": "f32", "float16": "f16"}.get(kv.dtype, kv.dtype)
     plain = KVStorage(name, kv.num_attention_heads, kv.num_key_value_heads, kv.head_dim)

@@ -152,6 +152,9 @@ def _print(facts: dict[str, Any]) -> None:
             each = f"{library['kv_bytes_per_token'] / 1e3:,.1f} kB"
             tokens = f"{library['kv_tokens']:,} tokens at {each}"
             print(f"  KV cache in full     {budget['kv_cache'] / 1e6:10,.1f} MB  ({tokens})")
+            others = list(library["kv_caches"].items())[1:]
+            for kv, size in others:
+                print(f"    with --kv {kv:<9}{size / 1e6:10,.1f} MB")
         if budget["states"]:
             each = f"{library['state_bytes_per_sequence'] / 1e3:,.1f} kB a sequence"
             print(f"  states               {budget['states'] / 1e6:10,.1f} MB  ({each})")

@@ -59,7 +59,7 @@ def test_figures_are_those_of_transformers_on_our_weights(
     saved = tmp_path / "logits.npz"
     ran = cli(
         *("eval", artifact, "--against", model, "--text", tmp_path / "t.txt"),
-        *("--context", CONTEXT, "--json", "--save-logits", saved),
+        *("--context", CONTEXT, "--precision", "high", "--json", "--save-logits", saved),
     )
     assert ran.status == 0, ran.err
     found = json.loads(ran.out.splitlines()[-1])
@@ -116,7 +116,7 @@ def test_floating_weights_diverge_by_less_than_a_millionth(
     artifact = compiled(model, "q0f32").artifact.folder
     ran = cli(
         *("eval", artifact, "--against", model, "--text", text, "--json"),
-        *("--reference", "transformers", "--max-tokens", 4068),
+        *("--reference", "transformers", "--max-tokens", 4068, "--precision", "high"),
     )
     assert ran.status == 0, ran.err
     found = json.loads(ran.out.splitlines()[-1])

@@ -56,8 +56,8 @@ class Tile:
         return 16 * self.block
 
     def at_once(self, heads: int) -> int:
-        """Vectors for each of `heads` in decode: within 7/8 of the registers; a power of two."""
-        limit = 7 * self.registers.count // 8 // heads
+        """Vectors for each of `heads` in decode: within 3/4 of the registers; a power of two."""
+        limit = 3 * self.registers.count // 4 // heads
         return max(n for n in (1, 2, 4) if n <= max(limit, 1))
 
 

@@ -224,10 +224,11 @@ class _Tile:
         self.slot0 = T.bind(page0 * PAGE_SIZE)
         self.low = vx.keep_int(T.max(low, self.slot0))
         self.high = vx.keep_int(T.min(high, self.slot0 + PAGES * PAGE_SIZE))
+        self.count = T.bind(T.shift_right(self.high - self.slot0 + PAGE_SIZE - 1, 4))
         with T.serial(0, PAGES) as p:
             vx.store(task.pages, p, task.keys.page(T.min(page0 + p, page1 - 1)), 1)
         if task.rotation:
-            task.rotation.angles(task.turns, PAGES, T.bind(task.k_base + self.slot0 - shift))
+            task.rotation.angles(task.turns, self.count, T.bind(task.k_base + self.slot0 - shift))
         with T.serial(0, c.num_key_value_heads) as kv:
             self.kv = kv
             self._scales()
@@ -255,7 +256,7 @@ class _Tile:
 
         def emit(storage: Storage, _cells: Any) -> None:
             words = vx.flat(task.keys.pages, task.keys.size)
-            with T.serial(0, PAGES) as p:
+            with T.serial(0, self.count) as p:
                 page = T.bind(vx.load(task.pages, p, 1) * (2 * PAGE_SIZE * storage.words(c)))
                 for which, target in enumerate(task.scales):
                     value: Any = vx.splat(1.0, PAGE_SIZE)
@@ -267,8 +268,10 @@ class _Tile:
         self._by_storage(emit)
 
     def _heads(self, head: Any, count: int) -> None:
+        # Few enough for a short last tile, enough for eight sums that do not wait for one another.
         at_once = self.task.tile.at_once(count * (PAGE_SIZE // self.task.tile.lanes))
-        with T.serial(0, PAGES // at_once) as i:
+        at_once = min(at_once, 2 if count > 2 else 4)
+        with T.serial(0, (self.count + at_once - 1) // at_once) as i:
             self._scores(head, count, T.bind(i * at_once), at_once)
         with T.serial(0, count) as g:
             self._softmax(T.bind(head + g), T.bind(g * KEYS), g)
@@ -321,7 +324,7 @@ class _Tile:
         old = vx.keep(vx.load(task.top, at, 1), 1)
         top = vx.Reg(wide, vx.splat(old, wide))
         low, high = (vx.splat(x, wide) for x in (self.low, self.high))
-        with T.serial(0, PAGES) as p:
+        with T.serial(0, self.count) as p:
             slots = vx.splat(self.slot0 + p * wide, wide) + vx.constants(list(range(wide)), "int32")
             place = T.bind(row + p * wide)
             score = vx.load(task.scores, place, wide) * vx.load(task.scales[0], p * wide, wide)
@@ -335,7 +338,7 @@ class _Tile:
         decay = vx.exp2(old - new, 1)
         own = T.bind(head * wide)
         mass = vx.Reg(wide, vx.load(task.masses, own, wide) * vx.splat(decay, wide))
-        with T.serial(0, PAGES) as p:
+        with T.serial(0, self.count) as p:
             place = T.bind(row + p * wide)
             weight = vx.exp2(vx.load(task.scores, place, wide) - top.get(), wide)
             mass.set(mass.get() + weight)
@@ -371,7 +374,7 @@ class _Tile:
             sums[g, i] = vx.Reg(lanes, vx.load(task.sums, place(g, i), lanes) * decay)
 
         def emit(storage: Storage, view: Any) -> None:
-            with T.serial(0, PAGES) as p:
+            with T.serial(0, self.count) as p:
                 start = T.bind(p * PAGE_SIZE)
                 first = vx.keep_int(T.max(self.low - self.slot0 - start, 0))
                 last = vx.keep_int(T.min(self.high - self.slot0 - start, PAGE_SIZE))

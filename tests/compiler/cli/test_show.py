@@ -65,6 +65,18 @@ def test_a_library_of_another_machine_is_noted(artifact: Path, cli: Any) -> None
     assert "budget" not in libraries["cpu-other"]
 
 
+def test_the_cache_of_each_storage(artifact: Path, cli: Any) -> None:
+    """2 layers, K and V, 2 heads of 16 numbers: in f32, f16, and int8 with a scale of 4 bytes."""
+    (library,) = json.loads(cli("show", "--json", artifact).out)["libraries"].values()
+    caches, tokens = library["kv_caches"], library["kv_tokens"]
+    assert library["budget"]["kv_cache"] == caches["f32"]
+    # A page more, and of a chunk of 256 tokens what it works on.
+    kept = tokens + 16 + 256 / 2
+    assert caches["f32"] - caches["f16"] == kept * 2 * 2 * 2 * 16 * 2
+    assert caches["f32"] - caches["int8"] == kept * 2 * 2 * 2 * (16 * 4 - (16 + 4))
+    assert f"with --kv int8 {caches['int8'] / 1e6:14,.1f} MB" in cli("show", artifact).out
+
+
 def test_a_library_that_does_not_load_is_noted(artifact: Path, cli: Any) -> None:
     add_library(artifact, b"no code")
     ran = cli("show", artifact)
