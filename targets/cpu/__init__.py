@@ -37,6 +37,12 @@ def _passes(phase: str, target: tvm.target.Target, opt: int) -> Sequence[Any]:
     return [ScheduleLoops(isa)]
 
 
+def _rank(target: tvm.target.Target) -> tuple[str, int]:
+    from qcc.targets.cpu.isa import rank_of
+
+    return rank_of(target)
+
+
 def _kv_kernels(config: KVCacheConfig, target: tvm.target.Target) -> KVKernels:
     from qcc.targets.cpu.kv_cache import kv_kernels
 
@@ -58,6 +64,7 @@ TARGET = TargetSpec(
     resolve=resolve,
     passes=_passes,
     requires=requires,
+    rank=_rank,
     kv_kernels=_kv_kernels,
     kv_storages=_kv_storages,
     export=export,

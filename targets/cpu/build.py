@@ -16,12 +16,26 @@ from qcc.targets.spec import BuildOptions
 
 HOST_TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 CROSS_LINKERS = {"x86_64": "x86_64-linux-gnu-gcc", "aarch64": "aarch64-linux-gnu-gcc"}
-# LLVM's feature -> Linux's flag in /proc/cpuinfo.
-FEATURES = {
-    "avx2": "avx2", "fma": "fma", "f16c": "f16c", "avxvnni": "avx_vnni", "avx512f": "avx512f",
-    "avx512bw": "avx512bw", "avx512vl": "avx512vl", "avx512dq": "avx512dq",
+# LLVM's feature -> Linux's flag in /proc/cpuinfo, of what LLVM uses unasked where it may.
+X86_64 = {
+    "sse3": "pni", "ssse3": "ssse3", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "popcnt": "popcnt",
+    "lzcnt": "abm", "bmi": "bmi1", "bmi2": "bmi2", "movbe": "movbe", "gfni": "gfni",
+    "avx": "avx", "avx2": "avx2", "fma": "fma", "f16c": "f16c", "fma4": "fma4", "xop": "xop",
+    "avxvnni": "avx_vnni", "avxifma": "avx_ifma", "avxneconvert": "avx_ne_convert",
+    "avxvnniint8": "avx_vnni_int8", "avx512f": "avx512f", "avx512bw": "avx512bw",
+    "avx512vl": "avx512vl", "avx512dq": "avx512dq", "avx512cd": "avx512cd",
     "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16", "avx512fp16": "avx512_fp16",
+    "avx512ifma": "avx512ifma", "avx512vbmi": "avx512vbmi", "avx512vbmi2": "avx512_vbmi2",
+    "avx512bitalg": "avx512_bitalg", "avx512vpopcntdq": "avx512_vpopcntdq",
 }  # fmt: skip
+AARCH64 = {
+    "neon": "asimd", "lse": "atomics", "rdm": "asimdrdm", "fullfp16": "asimdhp",
+    "dotprod": "asimddp", "fp16fml": "asimdfhm", "rcpc": "lrcpc", "rcpc-immo": "ilrcpc",
+    "complxnum": "fcma", "i8mm": "i8mm", "bf16": "bf16", "sha3": "sha3", "sve": "sve",
+    "sve2": "sve2", "mops": "mops", "cssc": "cssc",
+}  # fmt: skip
+FEATURES = {"x86_64": X86_64, "aarch64": AARCH64}
+# Tiles are used where the setting `precision` asks for them, which the runtime sets where they are.
 AMX = {"amx-tile": "amx_tile", "amx-int8": "amx_int8", "amx-bf16": "amx_bf16"}
 
 
@@ -90,7 +104,7 @@ def _host_attributes(mcpu: str) -> list[str]:
         return []
     named = tvm.target.Target({"kind": "llvm", "mcpu": mcpu})
     attributes = []
-    for feature, flag in (FEATURES | AMX).items():
+    for feature, flag in (FEATURES[platform.machine()] | AMX).items():
         described = tvm.target.codegen.llvm_cpu_has_features(feature, named)
         if (flag in flags) != described:
             attributes.append(f"{'-' if described else '+'}{feature}")
@@ -102,12 +116,9 @@ def requires(target: Any) -> dict[str, Any]:
     import tvm
 
     machine = _machine(str(target.attrs.get("mtriple", "")) or platform.machine())
-    if machine != "x86_64":
-        return {"machine": machine, "flags": []}
-    # LLVM emits tile instructions only where a kernel names them.
     flags = [
         flag
-        for feature, flag in FEATURES.items()
+        for feature, flag in FEATURES[machine].items()
         if tvm.target.codegen.llvm_cpu_has_features(feature, target)
     ]
     return {"machine": machine, "flags": flags}

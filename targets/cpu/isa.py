@@ -37,6 +37,16 @@ NEON = Isa(lanes=4, table_bits=0, tile_m=6, tile_n=4)
 NEON_DOT = replace(NEON, dot="sdot")
 NEON_I8MM = replace(NEON, dot="usdot")
 SSE = Isa(lanes=4, table_bits=0, tile_m=6, tile_n=2)
+# Of each machine, the narrowest first.
+X86_64 = {
+    "sse": SSE,
+    "avx2": AVX2,
+    "avx2_vnni": AVX2_VNNI,
+    "avx512": AVX512,
+    "avx512_vnni": AVX512_VNNI,
+    "avx512_amx": AVX512_AMX,
+}
+AARCH64 = {"neon": NEON, "neon_dotprod": NEON_DOT, "neon_i8mm": NEON_I8MM}
 
 
 def isa_of(target: tvm.target.Target) -> Isa:
@@ -50,12 +60,24 @@ def isa_of(target: tvm.target.Target) -> Isa:
     if triple.startswith(("aarch64", "arm64")):
         return NEON_I8MM if has("i8mm") else NEON_DOT if has("dotprod") else NEON
     if has("avx512f", "avx512bw", "avx512vl"):
-        if has("amx-tile", "amx-bf16", "avx512vnni"):
+        if has("amx-tile", "amx-bf16", "avx512bf16", "avx512vnni"):
             return AVX512_AMX
         return AVX512_VNNI if has("avx512vnni") else AVX512
     if has("avx2", "fma"):
         return AVX2_VNNI if has("avxvnni") else AVX2
     return SSE
+
+
+def rank_of(target: tvm.target.Target) -> tuple[str, int]:
+    """The name of `isa_of` a target, and its place among those of the machine: wider is higher."""
+    isa = isa_of(target)
+    found = (
+        (name, rank)
+        for names in (X86_64, AARCH64)
+        for rank, (name, known) in enumerate(names.items())
+        if known == isa
+    )
+    return next(found)
 
 
 def vector(isa: Isa, dtype: str) -> str:

@@ -109,46 +109,63 @@ def prepare(
     the parts. What a run does not multiply with is not written; x always, if it `keeps` it.
     """
     m = tirx.Var("m", "int64") if rows is None else rows
-    written = kind.parts(m)
     given = source or Stored(kind.k)
-    inputs = given.args(m)
+    inputs, written = given.args(m), kind.parts(m)
+    if source:
+        written = [("y", (m, kind.k), "float32"), *written]
 
     def body(*buffers: Any) -> None:
         sources, mode = list(buffers[: len(inputs)]), buffers[len(inputs)]
-        outputs = buffers[len(inputs) + 1 :]
-        x = outputs[0] if source else None
-        found = outputs[1:] if source else outputs
-        work = _Prepare(kind, isa, given, sources)
+        outputs = list(buffers[len(inputs) + 1 :])
+        x = outputs.pop(0) if source else None
+        emit_prepare(kind, isa, given, sources, mode, m, x, outputs, keeps, kind.tiles)
 
-        def few() -> None:
-            """Codes; a float weight's kernels take x for few rows."""
-            codes = found[:3] if kind.sums is not None else None
-            kept = x if keeps or codes is None else None
-            if codes is not None or kept is not None:
-                _for_rows(m, lambda row: work.row(row, codes, kept))
-
-        def choose() -> None:
-            if not kind.tiles:
-                few()
-                return
-            with T.If(tirx.all(mode[0] == TILES, m >= TILES_FROM)):
-                with T.Then():
-                    work.tiles(found[-1], m, x if keeps else None)
-                with T.Else():
-                    few()
-
-        with T.If(mode[0] != HIGH):
-            with T.Then():
-                choose()
-            if source:
-                with T.Else():
-                    _for_rows(m, lambda row: work.row(row, None, x))
-
-    if source:
-        written = [("y", (m, kind.k), "float32"), *written]
     args = [*inputs, ("mode", (1,), "int32"), *written]
     attrs = {ROLE: QUANTIZE_ACTIVATION}
     return kernel("quantize_activation", args, body, attrs, outputs=len(written))
+
+
+def emit_prepare(
+    kind: Activations,
+    isa: Isa,
+    source: RowSource,
+    buffers: list[Any],
+    mode: Any,
+    m: Any,
+    x: Any | None,
+    found: list[Any],
+    keeps: bool = False,
+    tiles: bool = True,
+) -> None:
+    """The body of `prepare`: `x` is where rows are written, `found` the buffers of `kind.parts`.
+
+    Without `tiles` many rows are no case of their own.
+    """
+    work = _Prepare(kind, isa, source, buffers)
+
+    def few() -> None:
+        """Codes; a float weight's kernels take x for few rows."""
+        codes = found[:3] if kind.sums is not None else None
+        kept = x if keeps or codes is None else None
+        if codes is not None or kept is not None:
+            _for_rows(m, lambda row: work.row(row, codes, kept))
+
+    def choose() -> None:
+        if not tiles:
+            few()
+            return
+        with T.If(tirx.all(mode[0] == TILES, m >= TILES_FROM)):
+            with T.Then():
+                work.tiles(found[-1], m, x if keeps else None)
+            with T.Else():
+                few()
+
+    with T.If(mode[0] != HIGH):
+        with T.Then():
+            choose()
+        if x is not None:
+            with T.Else():
+                _for_rows(m, lambda row: work.row(row, None, x))
 
 
 def _for_rows(rows: Any, body: Callable[[Any], None]) -> None:

@@ -90,6 +90,16 @@ class Gated:
         """See RowSource."""
         return _GatedRow(self, buffers[0], row)
 
+    def apply(self, gate: Any, up: Any, lanes: int) -> Any:
+        """The vector of a vector of each half."""
+        gate = vx.keep(gate, lanes)
+        inner = gate
+        if self.activation == "gelu_tanh":
+            cube = gate * gate * gate
+            inner = (gate + cube * _const(GELU_CUBE, lanes)) * _const(GELU_SCALE, lanes)
+            inner = vx.keep(inner, lanes)
+        return gate * _sigmoid(inner, lanes) * up
+
 
 @dataclass(frozen=True)
 class _GatedRow:
@@ -98,14 +108,9 @@ class _GatedRow:
     number: Any
 
     def at(self, column: Any, lanes: int) -> Any:
-        gate = vx.keep(self.both[self.number, lanes_from(column, lanes)], lanes)
+        gate = self.both[self.number, lanes_from(column, lanes)]
         up = self.both[self.number, lanes_from(column + self.source.k, lanes)]
-        inner = gate
-        if self.source.activation == "gelu_tanh":
-            cube = gate * gate * gate
-            inner = (gate + cube * _const(GELU_CUBE, lanes)) * _const(GELU_SCALE, lanes)
-            inner = vx.keep(inner, lanes)
-        return gate * _sigmoid(inner, lanes) * up
+        return self.source.apply(gate, up, lanes)
 
 
 def _const(value: float, lanes: int) -> Any:

@@ -19,6 +19,7 @@ from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels.activations import COLUMNS, ROWS, WORDS
 from qcc.targets.cpu.kernels.gemv import store_lanes
 from qcc.targets.cpu.kernels.layout import row_blocks
+from qcc.targets.cpu.kernels.row_sources import Gated
 from qcc.targets.cpu.kernels.steps import Step, steps_of
 from qcc.targets.cpu.kernels.tir import extents, i64, lanes_from, parallel, serial, splat, zeros
 
@@ -46,10 +47,38 @@ def tile_gemm(
     """Set out f32[m, n]: rows of x, given as tiles uint32[ceil(m / 16), ceil(k / 32), WORDS]."""
     blocks = row_blocks(n, isa)
     panel = panel_blocks(blocks)
-    with parallel(-(-blocks // panel)) as number:
+    _for_panels(
+        blocks // 2, panel // 2, m, lambda: _Panel(isa, fmt, n, k, tiles, parts, out, m, panel)
+    )
+
+
+def gated_tile_gemm(
+    isa: Isa,
+    fmt: WeightFormat,
+    k: int,
+    gated: Gated,
+    tiles: Any,
+    parts: list[Any],
+    out: Any,
+    m: Any,
+) -> None:
+    """Set out, tiles of act(gate) * up: gate and up are x, given as tiles, times the two halves.
+
+    The weight is [2 gated.k, k]; gated.k is a multiple of COLUMNS.
+    """
+    pairs = gated.k // ROWS
+    panel = panel_blocks(2 * pairs)
+    _for_panels(
+        pairs, panel // 2, m, lambda: _Gated(isa, fmt, k, gated, tiles, parts, out, m, panel)
+    )
+
+
+def _for_panels(pairs: int, panel: int, m: Any, make: Callable[[], _Panel]) -> None:
+    """Let threads multiply `panel` pairs of blocks at a time with all rows."""
+    with parallel(-(-pairs // panel)) as number:
         first = T.bind(number * panel)
-        count = T.bind(T.min(i64(panel), i64(blocks) - first))
-        work = _Panel(isa, fmt, n, k, tiles, parts, out, m, panel)
+        count = T.bind(T.min(i64(panel), i64(pairs) - first))
+        work = make()
         row_tiles = tirx.floordiv(m + ROWS - 1, ROWS)
         with serial(tirx.floordiv(row_tiles + SLAB - 1, SLAB)) as slab:
             start = T.bind(slab * SLAB)
@@ -58,7 +87,7 @@ def tile_gemm(
 
 
 class _Panel:
-    """The blocks of a task: room for two blocks' weights and for the sums of a slab."""
+    """Pairs of blocks of a task: room for a pair's weights and for the sums of a slab."""
 
     def __init__(
         self,
@@ -95,7 +124,7 @@ class _Panel:
         T.evaluate(T.call_llvm_intrin("void", "llvm.x86.ldtilecfg", T.address_of(config[0])))
 
     def slab(self, first: Any, count: Any, start: Any, row_tiles: Any) -> None:
-        """Multiply the panel with row tiles start, start + 1, ...; the last chunk sets `out`."""
+        """Multiply pairs first, ... with row tiles start, ...; the last chunk sets `out`."""
         before = -(-self.k // self.columns) - 1
         if before:
             with serial(before) as index:
@@ -114,17 +143,17 @@ class _Panel:
         last: bool = False,
     ) -> None:
         """Add chunk `index` of the columns; the first one sets the sums."""
-        with serial(tirx.floordiv(count, 2)) as pair:
+        with serial(count) as pair:
             block = T.bind(pair * 2)
             with serial(2) as v:
-                self._expand(first + block + v, v, index, columns)
+                self._expand(self.block(first + pair, v), v, index, columns)
 
             def multiply(size: int, row_tile: Any, block: Any = block) -> None:
                 row_tile = T.bind(row_tile)
                 corners = [(r, v) for r in range(size) for v in range(2)]
                 self._multiply(size, start, row_tile, block, index, columns)
                 if last:
-                    self._set(start + row_tile, first + block, row_tile, block, corners)
+                    self._set(start + row_tile, first + pair, row_tile, block, corners)
                     return
                 for r, v in corners:
                     self._sum("llvm.x86.tilestored64", row_tile, block, r, v)
@@ -133,6 +162,10 @@ class _Panel:
                 multiply(2, rows * 2)
             with T.If(tirx.floormod(row_tiles, 2) == 1), T.Then():
                 multiply(1, row_tiles - 1)
+
+    def block(self, pair: Any, v: Any) -> Any:
+        """The number of block `v` of a pair in the weight."""
+        return pair * 2 + v
 
     def _multiply(
         self, size: int, start: Any, row_tile: Any, block: Any, index: Any, columns: int
@@ -158,10 +191,9 @@ class _Panel:
     def _sum(self, name: str, row_tile: Any, block: Any, r: int, v: int) -> None:
         _move(name, r * 2 + v, self.sums[row_tile + r, block + v, 0])
 
-    def _set(
-        self, out_tile: Any, out_block: Any, row_tile: Any, block: Any, corners: list[Any]
-    ) -> None:
+    def _set(self, out_tile: Any, pair: Any, row_tile: Any, block: Any, corners: list[Any]) -> None:
         """Store tiles of sums where they belong in `out`, as far as there are rows and columns."""
+        out_block = T.bind(pair * 2)
         rows, _ = corners[-1]
         fits = tirx.all((out_tile + rows + 1) * ROWS <= self.m, (out_block + 2) * ROWS <= self.n)
         with T.If(fits):
@@ -227,6 +259,45 @@ class _Panel:
         half = splat(T.uint32(0x8000), ROWS)
         bottom = (T.reinterpret(wide, low) + half) >> splat(T.uint32(16), ROWS)
         return bottom | ((T.reinterpret(wide, high) + half) & splat(T.uint32(0xFFFF0000), ROWS))
+
+
+class _Gated(_Panel):
+    """Pairs of a block of gates and the block of what they gate; results are tiles."""
+
+    def __init__(
+        self,
+        isa: Isa,
+        fmt: WeightFormat,
+        k: int,
+        gated: Gated,
+        tiles: Any,
+        parts: list[Any],
+        out: Any,
+        m: Any,
+        panel: int,
+    ) -> None:
+        super().__init__(isa, fmt, 2 * gated.k, k, tiles, parts, out, m, panel)
+        self.gated = gated
+
+    def block(self, pair: Any, v: Any) -> Any:
+        """See _Panel."""
+        return pair + v * (self.gated.k // ROWS)
+
+    def _set(self, out_tile: Any, pair: Any, row_tile: Any, block: Any, corners: list[Any]) -> None:
+        """Gate two tiles of sums; the result is half a tile. Rows past the last one do no harm."""
+        for r, v in corners:
+            self._sum("llvm.x86.tilestored64", row_tile, block, r, v)
+        rows, _ = corners[-1]
+        half = ROWS // 2
+        with serial(rows + 1) as r, serial(ROWS) as row:
+            at = lanes_from(row * ROWS, ROWS)
+            gate, up = (self.sums[row_tile + r, block + v, at] for v in range(2))
+            value = self.gated.apply(gate, up, ROWS)
+            name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+            words = T.reinterpret("uint32x8", T.call_llvm_pure_intrin("bfloat16x16", name, value))
+            column = T.bind(row * ROWS + tirx.floormod(pair, 2) * half)
+            where = [out_tile + r, tirx.floordiv(pair, 2), lanes_from(column, half)]
+            T.buffer_store(self.out, words, where)
 
 
 def _call(name: str, *registers: int) -> None:

@@ -27,10 +27,10 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels import layout
-from qcc.targets.cpu.kernels.activations import Activations, prepare
+from qcc.targets.cpu.kernels.activations import COLUMNS, Activations, prepare
 from qcc.targets.cpu.kernels.experts import expert_order, experts_gemm, experts_gemv
-from qcc.targets.cpu.kernels.linear import gemm, gemv
-from qcc.targets.cpu.kernels.row_sources import RowSource
+from qcc.targets.cpu.kernels.linear import gated_gemm, gemm, gemv
+from qcc.targets.cpu.kernels.row_sources import Gated, RowSource
 from qcc.targets.cpu.kernels.setting import PRECISION, setting
 from qcc.targets.cpu.kernels.table_rows import table_rows
 from qcc.targets.cpu.passes.match_source import Uses, match_source
@@ -187,6 +187,11 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         keeps: bool,
     ) -> None:
         """Emit the rows of x and how they are taken, from what they are computed from."""
+        if isinstance(source, Gated) and kind.tiles and not keeps:
+            found = self._gated(source, kind, inputs[0], rows)
+            if found is not None:
+                self.flat[x], *self.prepared[x, kind] = found
+                return
         args = []
         for (_, shape, _), value in zip(source.args(rows), inputs, strict=True):
             args.append(self.builder_.emit(rx.op.reshape(self.visit_expr(value), shape)))
@@ -194,6 +199,32 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         y = ("y", (rows, kind.k), "float32")
         self.flat[x], *parts = self._prepare(func, args, [y, *kind.parts(rows)])
         self.prepared[x, kind] = parts
+
+    def _gated(self, gated: Gated, kind: Activations, both: Any, rows: Any) -> list[Any] | None:
+        """y and its parts, of a GEMM that gates its own result; None: it is not so simple."""
+        call = self.bindings.get(both)
+        match = match_linear(self.mod, self.bindings, call) if call is not None else None
+        if match is None or gated.k % COLUMNS or not self._is_only_gated(both):
+            return None
+        args = [*self._activations(match, call.args[0], rows), *self._repacked(match)]
+        func = gated_gemm(match.format, match.k, gated, kind, self.isa)
+        gv = self._add(func, "gated_gemm")
+        shapes = [((rows, 2 * gated.k), "float32"), ((rows, gated.k), "float32")]
+        shapes += [(shape, dtype) for _, shape, dtype in kind.parts(rows)]
+        types = [rx.TensorType(shape, dtype) for shape, dtype in shapes]
+        made = self.builder_.emit(rx.call_tir(gv, args, out_ty=types))
+        return [self.builder_.emit(rx.TupleGetItem(made, i)) for i in range(1, len(types))]
+
+    def _is_only_gated(self, both: Any) -> bool:
+        """Whether the halves of a product have no use but one gate and what it gates."""
+        halves = [
+            var
+            for var, value in self.bindings.items()
+            if isinstance(value, rx.TupleGetItem)
+            and is_op(self.bindings.get(value.tuple_value), "relax.split")
+            and self.bindings[value.tuple_value].args[0].same_as(both)
+        ]
+        return len(self.uses[both]) == 1 and all(len(self.uses[half]) == 1 for half in halves)
 
     def _prepare(self, func: tirx.PrimFunc, args: list[Any], outputs: list[Any]) -> list[Any]:
         """The results of a `prepare`."""
