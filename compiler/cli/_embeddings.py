@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 MAX_TEXTS = 256  # the first ones; the original takes its time
 # Of `qcc eval`, as argparse names them; they say nothing of embedding models.
-OTHERS = ("html", "store", "save_logits", "tensors", "layers", "context", "lora")
+OTHERS = (
+    *("html", "store", "save_logits", "tensors", "layers", "activations", "context", "lora", "kv"),
+)
 
 
 @dataclass(frozen=True)

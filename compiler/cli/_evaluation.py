@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from qcc.compiler.cli._activations import Activations
 from qcc.compiler.reference import Original, Stream, available, reference_logits
 from qcc.compiler.source import locate
 from qcc.compiler.steps import Steps
@@ -52,6 +53,13 @@ class EvalOptions:
     lora: Path | None = None
     threads: int | None = None
     precision: str = "low"
+    kv: tuple[str, ...] = ()  # the first counts; with `activations` each is measured
+    activations: bool = False
+
+    @property
+    def cache(self) -> str | None:
+        """The KV cache of the usual figures; None: as the precision has it."""
+        return self.kv[0] if self.kv else None
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,11 @@ def evaluate(
             step.note = original.name
     try:
         with steps.step("Run the windows") as step:
-            collectors = _run(llms, original, windows, options, steps)
+            ways = [
+                Activations(llm, options.kv, windows.tokens, steps)
+                for llm in (llms if options.activations else ())
+            ]
+            collectors = _run(llms, original, windows, options, ways, steps)
             step.note = f"{windows.tokens:,} tokens"
     except NotFiniteError as err:
         hint = "qcc eval --against MODEL --layers names the layer that they come from"
@@ -103,6 +115,11 @@ def evaluate(
         _evaluation(llm, collector, content, original)
         for llm, collector in zip(llms, collectors, strict=True)
     ]
+    if ways:
+        evaluations = [
+            replace(item, activations=measured.figures())
+            for item, measured in zip(evaluations, ways, strict=True)
+        ]
     if original:
         evaluations = _compared(evaluations, llms, stored, windows, options, steps)
     return Report(
@@ -155,6 +172,7 @@ def _load(artifact: Artifact, context: int, options: EvalOptions) -> LLM:
         context_window=context if bounded else None,
         max_batch_size=1,
         precision=options.precision,
+        kv=options.cache,
     )
 
 
@@ -219,6 +237,7 @@ def _run(
     original: _Reference | None,
     windows: Windows,
     options: EvalOptions,
+    ways: Sequence[Activations],
     steps: Steps,
 ) -> list[Collector]:
     """All windows through all artifacts and the reference, in step: one window in memory."""
@@ -239,6 +258,9 @@ def _run(
                 collector.add(ids, logits, reference)
             if saved:
                 saved.add(ids, ours, reference)
+            for measured in ways:
+                measured.add(ids, reference)
+                measured.llm.model.switch(options.precision, options.cache)
             done += len(ids)
     return collectors
 

@@ -72,6 +72,7 @@ def layer_figures(
             f"{available_bytes() / 1e9:.1f} GB are free"
         )
     with steps.step("Build a library with layers"), _layer_library(stored) as model:
+        llm.model.switch("high")  # int8 activations would depart on their own
         ours = [[*_outputs(model, ids), llm.logits(ids)] for ids in windows]
     with steps.step("Run transformers"):
         theirs = _stream(Transformers.load(stored.source), windows)

@@ -80,7 +80,7 @@ class SwappableModel:
             for part in spec.sources if len(spec.sources) > 1 else ():
                 self._rows[part.name] = spec.name, slice(start, start + part.shape[0])
                 start += part.shape[0]
-        self._original = list(self.llm.model.library.params)
+        self._original = list(self.llm.model.slots)
         self._slots = list(self._original)
         self._replaced: dict[str, set[str]] = {}  # parameter -> names under which it is replaced
         self._current: dict[str, npt.NDArray[Any]] = {}  # its numbers then

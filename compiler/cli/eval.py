@@ -14,6 +14,7 @@ qcc eval ./llama-q4 --against ./Llama-3.2-1B --text wiki.txt --json
 qcc eval ./llama-q4 ./llama-q3 --against ./Llama-3.2-1B --text wiki.txt --html report.html
 qcc eval ./llama-q3 --against ./Llama-3.2-1B --text wiki.txt --tensors
 qcc eval ./llama-q4 --against ./Llama-3.2-1B --text wiki.txt --layers
+qcc eval ./llama-q4 --against ./Llama-3.2-1B --text wiki.txt --activations --max-tokens 4000
 qcc eval ./bge-q4 --against ./bge-base-en-v1.5 --text lines.txt
 """
 
@@ -64,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "kernel",
     )
     parser.add_argument(
+        "--activations",
+        action="store_true",
+        help="show what low precision costs beside float32 activations and an f32 KV cache: "
+        "through prefill, and token by token (slow: bound it with --max-tokens)",
+    )
+    parser.add_argument(
         "--lora", default=None, metavar="DIR", help="PEFT adapter that was merged into MODEL"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object, on the last line")
@@ -81,6 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=None, metavar="N", help="CPU threads (default: the cores)"
     )
     add_precision_argument(parser)
+    parser.add_argument(
+        "--kv",
+        action="append",
+        choices=("f32", "f16", "int8"),
+        default=[],
+        help="how the KV cache keeps keys and values (default: f16, f32 with --precision high); "
+        "with --activations as often as you like: rows for each, the other figures by the first",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
     is_embedding = _embeddings.are_embeddings(args.artifacts)
     if is_embedding:
         _embeddings.check_flags(args)
+    elif len(args.kv) > 1 and not args.activations:
+        raise QccError("--kv: give it once, or with --activations")
     elif args.against is None:
         for flag, given in (("--tensors", args.tensors), ("--layers", args.layers)):
             if given:
@@ -114,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
         lora=Path(args.lora) if args.lora else None,
         threads=args.threads,
         precision=args.precision,
+        kv=tuple(args.kv),
+        activations=args.activations,
     )
     if is_embedding:
         found = _embeddings.agreement(args.artifacts, args.text, options, Steps())

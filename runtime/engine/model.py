@@ -13,7 +13,7 @@ from qcc.runtime.engine.library import Floats, KVCache, Library, Tokens, total_p
 from qcc.runtime.engine.memory import available_bytes, choose_total_tokens
 from qcc.runtime.engine.settings import default_kv, settings
 from qcc.runtime.engine.weight_memory import Progress, check_weights
-from qcc.runtime.engine.weights import load_slots
+from qcc.runtime.engine.weights import load_slots, with_settings
 from qcc.runtime.errors import QccError
 from qcc.runtime.machine import enable_tiles
 
@@ -105,12 +105,14 @@ class CompiledModel:
         # Before the weights are touched: what does not fit shall fail at once.
         total = choose_total_tokens(meta, length, batch, available_bytes())
         where = check_weights(weights)
-        library.bind(load_slots(artifact, library, progress, settings(precision), where))
+        self.slots = load_slots(artifact, library, progress, settings(precision), where)
+        library.bind(self.slots)
         slides = meta.max_length is None
         chunk = min(meta.prefill_chunk_size, length)
         self.library = library
         # Its temporary arrays hold a token of each sequence as well.
-        self.cache = KVCache(library, batch, total, max(meta.prefill_chunk_size, batch))
+        self._sizes = batch, total, max(meta.prefill_chunk_size, batch)
+        self.cache = KVCache(library, *self._sizes)
         self.limits = Limits(
             vocab_size=meta.vocab_size,
             prefill_chunk_size=chunk,
@@ -121,6 +123,23 @@ class CompiledModel:
             pages=total_pages(meta, batch, total),
             forgets=not meta.states,
         )
+
+    def switch(self, precision: str, kv: str | None = None, tiles: bool = True) -> None:
+        """Compute otherwise from now on, with an empty KV cache; the weights are not loaded again.
+
+        `precision` and `kv` as at load. Without `tiles` low precision keeps from tile registers, as
+        on a processor that has none: many rows are multiplied as int8 too.
+
+        Raises:
+            QccError: as at load.
+        """
+        found = settings(precision, tiles)
+        tiled = tiles and precision != "high" and enable_tiles()
+        self.library.choose_kv(kv, default_kv(precision), tiled)
+        self.slots = with_settings(self.slots, self.library, found)
+        self.library.bind(self.slots)
+        del self.cache  # before the next one takes its memory
+        self.cache = KVCache(self.library, *self._sizes)
 
     def add_sequence(self, seq: int) -> None:
         """Begin an empty sequence."""

@@ -20,11 +20,11 @@ def default_kv(precision: str | None) -> str:
     return "f32" if precision == "high" else "f16"
 
 
-def settings(precision: str | None) -> dict[str, np.ndarray[Any, Any]]:
+def settings(precision: str | None, tiles: bool = True) -> dict[str, np.ndarray[Any, Any]]:
     """The settings of a library by name; None: the default.
 
     high: activations stay float32. low: int8 with a scale for each token and group, or bf16 where
-    the processor multiplies tiles of it and a run has many tokens.
+    the processor multiplies tiles of it and a run has many tokens, unless `tiles` says no.
 
     Raises:
         QccError: an unknown precision.
@@ -32,5 +32,5 @@ def settings(precision: str | None) -> dict[str, np.ndarray[Any, Any]]:
     precision = precision or DEFAULT_PRECISION
     if precision not in PRECISIONS:
         raise QccError(f"--precision {precision}: must be one of {', '.join(PRECISIONS)}")
-    low = INT8_AND_TILES if enable_tiles() else INT8
+    low = INT8_AND_TILES if tiles and enable_tiles() else INT8
     return {"precision": np.array([FLOAT if precision == "high" else low], np.int32)}

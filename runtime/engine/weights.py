@@ -12,7 +12,7 @@ import hashlib
 import importlib.metadata
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -89,6 +89,17 @@ def _setting(kind: TensorType, settings: Mapping[str, Array]) -> Any:
     value[...] = settings.get(kind.name, 0)
     memory = aligned_copy(np.atleast_1d(value).view(np.uint8))
     return as_tensor(memory, 0, kind)
+
+
+def with_settings(
+    slots: Sequence[Any], library: Library, settings: Mapping[str, Array]
+) -> list[Any]:
+    """The tensors of the packed tuple with other settings; the weights are the same tensors."""
+    kinds = library.metadata.slots
+    return [
+        tensor if kind.setting is None else _setting(kind.type, settings)
+        for kind, tensor in zip(kinds, slots, strict=True)
+    ]
 
 
 def check_stored(artifact: Artifact, library: Library) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from qcc.runtime.eval.activations import HEAD, WORDS, ActivationFigures
 from qcc.runtime.eval.html import cell, document, figure, table
 from qcc.runtime.eval.plots import COLOURS, bars, curves, scatter
 from qcc.runtime.eval.report import Evaluation, LayerFigures, Report, TensorFigures
@@ -158,14 +159,19 @@ def _tick(name: str) -> str:
 
 def _folded(item: Evaluation, name: str, alone: bool) -> Iterable[str]:
     """The details of an artifact, open only where it is the only one."""
-    if item.layers or item.tensors:
+    if item.layers or item.tensors or item.activations:
         yield f"<details{' open' if alone else ''}><summary>{escape(name)}: details</summary>"
         yield from _details(item, name)
         yield "</details>"
 
 
 def _details(item: Evaluation, name: str) -> Iterable[str]:
-    """What is known of one artifact's weights and layers."""
+    """What is known of one artifact's precision, weights and layers."""
+    if item.activations:
+        yield f"<section><h2>{escape(name)}: what low precision costs</h2>"
+        yield f"<p>{escape('; '.join(item.activations.notes()))}.</p>"
+        yield _activation_table(item.activations)
+        yield "</section>"
     if item.layers:
         yield f"<section><h2>{escape(name)}: layers</h2>"
         for text in item.findings:
@@ -182,6 +188,16 @@ def _details(item: Evaluation, name: str) -> Iterable[str]:
             )
         yield _tensor_table(item.tensors)
         yield "</section>"
+
+
+def _activation_table(activations: ActivationFigures) -> str:
+    rows = []
+    for row in activations.rows():
+        texts = row.cells()
+        words = "".join(f"<td>{escape(text)}</td>" for text in texts[:WORDS])
+        numbers = zip(row.values(), texts[WORDS:], strict=True)
+        rows.append(f"<tr>{words}{''.join(cell(*number) for number in numbers)}</tr>")
+    return table(HEAD, rows, words=WORDS)
 
 
 def _layer_table(layers: Sequence[LayerFigures]) -> str:

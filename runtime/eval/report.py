@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from qcc.runtime.eval.activations import HEAD, WORDS, ActivationFigures
 from qcc.runtime.eval.figures import Figures
 from qcc.runtime.eval.protocol import Text, Windows
 
@@ -61,6 +62,7 @@ class Evaluation:
     tensors: tuple[TensorFigures, ...] = ()
     layers: tuple[LayerFigures, ...] = ()
     findings: tuple[str, ...] = ()  # what --layers says
+    activations: ActivationFigures | None = None
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -80,6 +82,8 @@ class Evaluation:
         if self.layers:
             found["layers"] = [asdict(item) for item in self.layers]
             found["findings"] = list(self.findings)
+        if self.activations is not None:
+            found["activations"] = self.activations.as_dict()
         return found
 
 
@@ -183,7 +187,14 @@ def _aligned(cells: Sequence[Sequence[str]], left: int) -> Iterable[str]:
 
 
 def _details(item: Evaluation, alone: bool) -> Iterable[str]:
-    """The tables of one artifact: its worst tensors where measured or `alone`, its layers."""
+    """The tables of one artifact: low precision, its worst tensors where measured or `alone`, its
+    layers."""
+    if item.activations is not None:
+        yield ""
+        yield f"{item.artifact}: what low precision costs"
+        rows = [HEAD, *(row.cells() for row in item.activations.rows())]
+        yield from _aligned([[f"  {first}", *rest] for first, *rest in rows], left=WORDS)
+        yield from (f"  {text}" for text in item.activations.notes())
     measured = bool(item.tensors) and item.tensors[0].share is not None
     if item.tensors and (measured or alone):
         order = sorted(item.tensors, key=lambda t: -((t.share or 0.0) if measured else t.error))

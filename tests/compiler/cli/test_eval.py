@@ -72,7 +72,8 @@ def test_json_of_two_artifacts_side_by_side(
     """The first one's figures on top, both under `artifacts`; the protocol and its sums."""
     model = checkpoint("llama")
     other = compiled(model, "q0f32").artifact.folder
-    ran = cli("eval", artifact, other, "--against", model, "--text", text, "--json")
+    words = ("--against", model, "--text", text, "--precision", "high", "--json")
+    ran = cli("eval", artifact, other, *words)
     found = last_object(ran)
     assert len(ran.out.splitlines()) == 1
     first, second = found["artifacts"]
@@ -153,6 +154,53 @@ def test_shares_of_the_damage_and_the_page(
     assert page.tables == [2, 9] and page.pictures == 3
     assert hashlib.sha256(TEXT.encode()).hexdigest() in html
     assert not re.search(r"\b(nan|inf|None)\b", html.split("<script>")[0])
+
+
+def test_activations_against_high_precision(
+    artifact: Path, checkpoint: Any, cli: Any, text: Path, tmp_path: Path
+) -> None:
+    """Each way's KL(high || way), by sums of our own; the other figures are as without it."""
+    from qcc.runtime import LLM
+    from qcc.runtime.machine import enable_tiles
+
+    path, content = tmp_path / "report.html", TEXT[-250:]  # each document fits one window
+    text.write_text(content, encoding="utf-8")
+    words = ("eval", artifact, "--against", checkpoint("llama"), "--text", text, "--kv", "int8")
+    usual = last_object(cli(*words, "--json"))
+    kinds = ("--activations", "--kv", "f32", "--html", path)
+    found = last_object(cli(*words, *kinds, "--json"))
+    for key in ("kl_divergence", "top1", "perplexity"):
+        assert found[key] == usual[key]
+    ways = {(w["run"], w["activations"], w["kv"]): w for w in found["activations"].pop("ways")}
+    runs = [("prefill", "int8"), ("decode", "int8")]
+    runs += [("prefill", "bf16 tiles")] * enable_tiles()
+    expected = {(*run, kv) for run in runs for kv in ("int8", "f32")}
+    assert set(ways) == expected | {("prefill", "float32", "int8")}
+
+    high, low = (LLM(artifact, precision=name, kv="f32") for name in ("high", "low"))
+    kls = []
+    for document in content.split("<|endoftext|>"):
+        ids = high.tokenizer.encode(document.strip())
+        low.model.add_sequence(0)
+        decoded = [low.model.decode([0], np.array([t], np.int32))[0].astype("f8") for t in ids]
+        low.model.remove_sequence(0)
+        for x, y in zip(high.logits(ids)[:-1].astype("f8"), decoded, strict=False):
+            p, q = (np.exp(z - z.max()) / np.exp(z - z.max()).sum() for z in (x, y))
+            kls.append((p * np.log(p / q)).sum())
+    decode = ways["decode", "int8", "f32"]
+    assert decode["kl_divergence"]["mean"] == pytest.approx(np.mean(kls), rel=1e-6)
+    assert decode["kl_divergence"]["p99"] == pytest.approx(np.quantile(kls, 0.99), rel=1e-6)
+    weights = found["activations"]["weights"]["kl_divergence"]["mean"]
+    assert decode["share"] == pytest.approx(np.mean(kls) / weights)
+    assert ways["prefill", "float32", "int8"]["share"] < ways["decode", "int8", "int8"]["share"]
+
+    shown = cli(*words, "--activations", "--max-tokens", 200).out
+    assert re.search(r"\n  decode +int8 +int8 +\d", shown), shown
+    assert "KL(high || way)" in shown
+    page = path.read_text(encoding="utf-8")
+    assert "what low precision costs" in page
+    assert f'data-v="{decode["kl_divergence"]["mean"]!r}"' in page
+    assert "--kv: give it once, or with --activations" in cli(*words, "--kv", "f16").error()
 
 
 def test_the_report_is_kept_in_the_artifact(
@@ -259,7 +307,7 @@ def test_layers_name_the_kernel_that_is_wrong(
     bind = Library.bind
 
     def wrong(self: Any, slots: Any) -> None:
-        places = {slot.stored[0]: at for at, slot in enumerate(self.metadata.slots)}
+        places = {s.stored[0]: at for at, s in enumerate(self.metadata.slots) if s.stored}
         names = [f"model.layers.{i}.mlp.down_proj.q_weight" for i in range(2)]
         if set(names) <= set(places):
             slots[places[names[1]]] = slots[places[names[0]]]
