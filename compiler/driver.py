@@ -36,6 +36,7 @@ from qcc.runtime import artifact
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir
 from qcc.targets import find_target
+from qcc.targets.spec import BuildOptions, TargetSpec
 
 DEFAULT_QUANT = "q4f16_1"
 DEFAULT_CHUNK = 512  # tokens of a prefill chunk where no target says otherwise
@@ -59,7 +60,7 @@ def compile_model(
 def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> None:
     """compile_model, the folder being locked."""
     targets = [find_target(name) for name in options.targets]
-    resolved = [target.resolve(options.build) for target in targets]
+    libraries = _libraries(targets, options.build)
     with steps.step("Read the checkpoint") as step:
         source = locate(model, options.allow_pickle)
         checkpoint = open_checkpoint(source, options)
@@ -94,11 +95,13 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
         asked = asked_text(method, specs, options.calibration)
         before = _check_folder(out, plan, specs, method, asked, source_sum.result, options.force)
         built = {}
-        for target, (machine, name) in zip(targets, resolved, strict=True):
+        for name, (target, machine, build) in libraries.items():
             with steps.step(f"Build the {target.name} library") as step:
                 path = work / f"{name}.{target.library_extension}"
-                build_library(plan, specs, target, options.build, path, options.dump_ir)
-                built[name] = path, target.requires(machine)
+                dump = options.dump_ir
+                dump = dump / name if dump and len(libraries) > 1 else dump
+                build_library(plan, specs, target, build, path, dump)
+                built[name] = path, target.requires(machine), target.rank(machine)
                 step.note = f"{name}, {path.stat().st_size / 1e6:.1f} MB"
         manifest: dict[str, Any] = {
             "source": {
@@ -149,6 +152,27 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
             publish(out, before, built, manifest)
         if codes:
             codes.forget()
+
+
+def _libraries(
+    targets: Sequence[TargetSpec], build: BuildOptions
+) -> dict[str, tuple[TargetSpec, Any, BuildOptions]]:
+    """Name -> (target, its machine, how to build it) of each library to make, once each.
+
+    Raises:
+        QccError: a processor that is none, or two that would be one file.
+    """
+    found: dict[str, tuple[TargetSpec, Any, BuildOptions]] = {}
+    for target in targets:
+        for each in build.each():
+            machine, name = target.resolve(each)
+            if name in found and str(found[name][1]) != str(machine):
+                raise QccError(
+                    f"--mcpu {build.mcpu}: {found[name][2].mcpu} and {each.mcpu} are both "
+                    f"{name} here; name one of them"
+                )
+            found[name] = target, machine, each
+    return found
 
 
 def open_checkpoint(source: Path, options: CompileOptions) -> Checkpoint:

@@ -77,7 +77,7 @@ def staging(out: Path) -> Iterator[Path]:
 def publish(
     out: Path,
     before: Mapping[str, Any] | None,
-    built: Mapping[str, tuple[Path, Mapping[str, Any]]],
+    built: Mapping[str, tuple[Path, Mapping[str, Any], tuple[str, int]]],
     manifest: Mapping[str, Any],
 ) -> None:
     """Move the libraries to their places and write qcc.json last: only then the folder loads.
@@ -85,7 +85,7 @@ def publish(
     Args:
         out: the artifact folder, its weights and configuration written.
         before: the manifest to which the libraries are added; None: a new artifact.
-        built: library's name -> (its file, what it requires of a machine).
+        built: library's name -> (its file, what it requires of a machine, its rank).
         manifest: the fields of qcc.json but for `libraries`.
     """
     libraries = dict(before["libraries"]) if before else {}
@@ -95,9 +95,9 @@ def publish(
         for old in folder.glob("*"):
             if _LIBRARY.fullmatch(old.name):
                 old.unlink()
-    for name, (path, requires) in built.items():
+    for name, (path, requires, rank) in built.items():
         folder.mkdir(exist_ok=True)
         final = folder / path.name
         path.replace(final)
-        libraries[name] = artifact.library_entry(out, final, requires)
+        libraries[name] = artifact.library_entry(out, final, requires, rank)
     artifact.write_manifest(out, {**manifest, "libraries": libraries})

@@ -122,7 +122,7 @@ class Artifact:
         return {target: found[target]} if target in found else found
 
     def library(self, target: str) -> Path:
-        """The library for a target that runs here; of several the one that uses most of it.
+        """The library for a target that runs here; of several the one of the widest instructions.
 
         Raises:
             QccError: there is none for the target, or none that this machine can run.
@@ -142,8 +142,12 @@ class Artifact:
                 f"{self.folder}: no library that this machine can run: {needs}; add one with "
                 f"qcc compile --mcpu native -o {self.folder}"
             )
-        uses = {name: len(self.manifest.libraries[name].requires.get("flags", ())) for name in fit}
-        return found[max(fit, key=lambda name: uses[name])]
+
+        def preference(name: str) -> tuple[int, int]:
+            library = self.manifest.libraries[name]
+            return library.rank, len(library.requires.get("flags", ()))
+
+        return found[max(fit, key=preference)]
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """A stored tensor in its dtype; bfloat16 by ml_dtypes where installed, else as uint16.

@@ -24,13 +24,16 @@ MALFORMED = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError)
 class LibraryFile:
     """A compiled library: its path within the folder, sha256 in hex, size in bytes.
 
-    `requires` is what a machine must have to run it, as runtime.machine reads it.
+    `requires` is what a machine must have to run it, as runtime.machine reads it; `isa` names the
+    instruction set of its kernels, which of several libraries that run has the highest `rank`.
     """
 
     file: str
     sha256: str
     bytes: int
     requires: Mapping[str, Any] = field(default_factory=dict)
+    isa: str = ""
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,18 @@ def running_versions() -> dict[str, str]:
 
 
 def library_entry(
-    folder: Path, path: Path, requires: Mapping[str, Any] | None = None
+    folder: Path,
+    path: Path,
+    requires: Mapping[str, Any] | None = None,
+    rank: tuple[str, int] = ("", 0),
 ) -> dict[str, Any]:
-    """The entry in qcc.json of a library that lies at `path` within the folder."""
+    """The entry in qcc.json of a library that lies at `path` within the folder.
+
+    `rank` is the name of its instruction set and the number by which it is preferred.
+    """
     file = path.relative_to(folder).as_posix()
     size = path.stat().st_size
-    return asdict(LibraryFile(file, checksum(path, "sha256"), size, dict(requires or {})))
+    return asdict(LibraryFile(file, checksum(path, "sha256"), size, dict(requires or {}), *rank))
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -149,6 +158,8 @@ def parse_manifest(data: Mapping[str, Any]) -> Manifest:
             raise ValueError(f"libraries[{name}] has no size")
         if not isinstance(library.requires, dict):
             raise ValueError(f"libraries[{name}] requires no object")
+        if not isinstance(library.isa, str) or type(library.rank) is not int:
+            raise ValueError(f"libraries[{name}] has an isa or a rank of another kind")
     return manifest
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from qcc.runtime.errors import QccError
 
 TILES = "_tiles"
 PAGE_SIZE = 16  # tokens a page of the KV cache, on every target: stock clients ask for this one
@@ -107,9 +109,20 @@ class KVKernels:
 class BuildOptions:
     """What `qcc compile` says of the device: processor, triple, optimization level."""
 
-    mcpu: str = "native"
+    mcpu: str = "native"  # `--mcpu` may list several: see `each`
     triple: str | None = None
     opt: int = 2
+
+    def each(self) -> list[BuildOptions]:
+        """The options for one processor of a list a,b,c each.
+
+        Raises:
+            QccError: the list names none.
+        """
+        names = [name.strip() for name in self.mcpu.split(",") if name.strip()]
+        if not names:
+            raise QccError("--mcpu: no processor named; native, x86-64-v3, ...")
+        return [replace(self, mcpu=name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,8 @@ class TargetSpec:
     `resolve(options)` returns the tvm.target.Target and the library's suffix (`<target>[-<arch>]`);
     `passes(phase, target, opt)` the target's own passes of a phase of the pipeline;
     `requires(target)` what a machine must have to run its code, as runtime.machine reads it;
+    `rank(target)` the name of its instruction set and a number: of the libraries that a machine
+    can run, the runtime prefers the highest;
     `kv_kernels(config, target)` the attention kernels; `kv_storages(config, target)` how a cache
     can keep its numbers, that of the compute dtype first (none: there is no choice);
     `export(executable, path, options)` writes the library; `needless_passes` names steps of TVM's
@@ -135,5 +150,6 @@ class TargetSpec:
     requires: Callable[[Any], Mapping[str, Any]]
     kv_kernels: Callable[[KVCacheConfig, Any], KVKernels]
     export: Callable[[Any, Path, BuildOptions], None]
+    rank: Callable[[Any], tuple[str, int]] = lambda _: ("", 0)
     needless_passes: tuple[str, ...] = ()
     kv_storages: Callable[[KVCacheConfig, Any], tuple[KVStorage, ...]] = lambda *_: ()

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mcpu",
         default="native",
-        help="processor as LLVM names it: native, x86-64-v3, icelake-server, cortex-a76, ...",
+        metavar="P[,P...]",
+        help="processor as LLVM names it: native, x86-64-v3 (AVX2: runs anywhere modern), "
+        "icelake-server, cortex-a76, ...; of several, as x86-64-v3,native, a library each, and the "
+        "runtime takes the best that a machine runs (default: native)",
     )
     parser.add_argument(
         "--triple", default=None, help="cross compile, as aarch64-unknown-linux-gnu"

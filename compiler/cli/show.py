@@ -52,7 +52,7 @@ def _artifact(folder: Path) -> dict[str, Any]:
     manifest = artifact.manifest
     libraries: dict[str, dict[str, Any]] = {}
     for name, entry in manifest.libraries.items():
-        facts = libraries[name] = {"file": entry.file, "bytes": entry.bytes}
+        facts = libraries[name] = {"file": entry.file, "bytes": entry.bytes, "isa": entry.isa}
         lacking = ", ".join(missing(entry.requires))
         if lacking:
             facts["note"] = f"this machine lacks {lacking}"
@@ -141,7 +141,8 @@ def _print(facts: dict[str, Any]) -> None:
         print("\nquality")
         print("\n".join(_quality(facts["quality"], facts["artifact"])))
     for name, library in facts.get("libraries", {}).items():
-        print(f"\nlibrary {name}  ({library['file']}, {library['bytes'] / 1e6:.1f} MB)")
+        isa = f", {library['isa']}" if library["isa"] else ""
+        print(f"\nlibrary {name}  ({library['file']}, {library['bytes'] / 1e6:.1f} MB{isa})")
         if "note" in library:
             print(f"  note: {library['note']}")
         if "budget" not in library:
