@@ -84,7 +84,7 @@ def _read(parts: Sequence[Part], progress: Progress | None) -> list[Any]:
 
 def _read_piece(memory: Bytes, file: Path, offset: int, place: int, size: int) -> int:
     """Fill memory[place : place + size] from a file; returns `size`."""
-    target = memoryview(memory)[place : place + size]
+    target = memory[place : place + size].data
     with file.open("rb", buffering=0) as source:
         source.seek(offset)
         got = 0

@@ -195,7 +195,7 @@ class _Prepare:
 
         def group(values: list[Any], number: Any) -> None:
             if codes is not None:
-                _group(self.kind, self.isa, values, *codes, row, number)
+                _group(self.kind, self.isa, values, codes, row, number)
 
         self._groups(row, x, group)
 
@@ -245,13 +245,12 @@ def _group(
     kind: Activations,
     isa: Isa,
     values: list[Any],
-    codes: Any,
-    scales: Any,
-    sums: Any,
+    parts: Sequence[Any],
     row: Any,
     number: Any,
 ) -> None:
     """Write the codes, scale and sums of group `number` of a row, given as f32 vectors."""
+    codes, scales, sums = parts
     vtype, wide = vector(isa, "float32"), vector(isa, "int32")
     sizes = [T.bind(T.call_llvm_pure_intrin(vtype, "llvm.fabs", value)) for value in values]
     while len(sizes) > 1:

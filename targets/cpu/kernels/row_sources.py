@@ -27,18 +27,6 @@ GELU_SCALE = 2 * 0.7978845608028654  # 2 sqrt(2 / pi)
 CHAINS = 4  # independent sums
 
 
-class RowSource(Protocol):
-    """Rows of k columns."""
-
-    def args(self, rows: Any) -> list[tuple[str, tuple[Any, ...], str]]:
-        """(name, shape, dtype) of what the rows are computed from."""
-        ...
-
-    def row(self, isa: Isa, buffers: list[Any], row: Any) -> Row:
-        """Emit what comes once a row."""
-        ...
-
-
 class Row(Protocol):
     """A row whose columns can be asked for."""
 
@@ -54,11 +42,11 @@ class Stored:
     k: int
 
     def args(self, rows: Any) -> list[tuple[str, tuple[Any, ...], str]]:
-        """See RowSource."""
+        """(name, shape, dtype) of what the rows are computed from."""
         return [("x", (rows, self.k), "float32")]
 
     def row(self, isa: Isa, buffers: list[Any], row: Any) -> Row:
-        """See RowSource."""
+        """Emit what comes once a row."""
         return _StoredRow(buffers[0], row)
 
 
@@ -83,11 +71,11 @@ class Gated:
     activation: str
 
     def args(self, rows: Any) -> list[tuple[str, tuple[Any, ...], str]]:
-        """See RowSource."""
+        """See Stored."""
         return [("gate_up", (rows, 2 * self.k), "float32")]
 
     def row(self, isa: Isa, buffers: list[Any], row: Any) -> Row:
-        """See RowSource."""
+        """See Stored."""
         return _GatedRow(self, buffers[0], row)
 
     def apply(self, gate: Any, up: Any, lanes: int) -> Any:
@@ -134,11 +122,11 @@ class Normed:
     eps: float
 
     def args(self, rows: Any) -> list[tuple[str, tuple[Any, ...], str]]:
-        """See RowSource."""
+        """See Stored."""
         return [("x", (rows, self.k), "float32"), ("weight", (self.k,), "float32")]
 
     def row(self, isa: Isa, buffers: list[Any], row: Any) -> Row:
-        """See RowSource."""
+        """See Stored."""
         x, weight = buffers
         total = T.bind(self._squares(isa, x, row))
         mean = total / T.float32(self.k) + T.float32(self.eps)
@@ -175,3 +163,6 @@ class _NormedRow:
     def at(self, column: Any, lanes: int) -> Any:
         value = self.x[self.number, lanes_from(column, lanes)] * splat(self.factor, lanes)
         return value * self.weight[lanes_from(column, lanes)]
+
+
+RowSource = Stored | Gated | Normed

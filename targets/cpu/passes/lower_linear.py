@@ -171,7 +171,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         kinds = set()
         for call in self.uses[x]:
             match = None if call is None else match_linear(self.mod, self.bindings, call)
-            if match is None or not call.args[0].same_as(x):
+            if call is None or match is None or not call.args[0].same_as(x):
                 return None
             rows = _product(list(x.ty.shape)[:-1])
             kinds.add(Activations.of(match.format, match.k, _is_one(rows), self.isa))
@@ -202,7 +202,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
 
     def _gated(self, gated: Gated, kind: Activations, both: Any, rows: Any) -> list[Any] | None:
         """y and its parts, of a GEMM that gates its own result; None: it is not so simple."""
-        call = self.bindings.get(both)
+        call: Any = self.bindings.get(both)
         match = match_linear(self.mod, self.bindings, call) if call is not None else None
         if match is None or gated.k % COLUMNS or not self._is_only_gated(both):
             return None

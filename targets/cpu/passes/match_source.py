@@ -17,13 +17,14 @@ ACTIVATIONS = {"relax.nn.silu": "silu", "relax.nn.gelu_tanh": "gelu_tanh"}
 
 def match_source(bindings: Bindings, x: Any, k: int) -> tuple[RowSource, list[Any]] | None:
     """The source of x [..., k], and the expressions that it is computed from."""
-    value = bindings.get(x)
+    value: Any = bindings.get(x)
     if is_op(value, "relax.nn.rms_norm"):
         data, weight = value.args
         last = [int(axis) % len(x.ty.shape) for axis in value.attrs.axes]
         if last == [len(x.ty.shape) - 1] and _is_f32(data) and _is_f32(weight):
             return Normed(k, float(value.attrs.epsilon)), [data, weight]
     if is_op(value, "relax.multiply"):
+        gate: Any
         gate, up = (bindings.get(arg) for arg in value.args)
         for name, activation in ACTIVATIONS.items():
             if is_op(gate, name):
@@ -43,7 +44,7 @@ def _halves(bindings: Bindings, first: Any, second: Any) -> Any | None:
         return None
     if not first.tuple_value.same_as(second.tuple_value) or (first.index, second.index) != (0, 1):
         return None
-    split = bindings.get(first.tuple_value)
+    split: Any = bindings.get(first.tuple_value)
     if not is_op(split, "relax.split") or len(split.ty.fields) != 2:
         return None
     halves = [field.shape[-1] for field in split.ty.fields]
