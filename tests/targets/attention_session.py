@@ -18,6 +18,8 @@ from qcc.targets.cpu import TARGET
 from qcc.targets.cpu.kv_cache import kv_kernels, kv_storages
 from qcc.targets.spec import KVCacheConfig, KVStorage
 
+from .aarch64 import emulate_kernels
+
 LAYERS = 2
 TOLERANCE = 1e-5  # f32 sums of up to 1000 terms of order 1, against float64
 HOST = {"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()}
@@ -58,6 +60,8 @@ def compiled(c: KVCacheConfig, target: tuple[tuple[str, str], ...]) -> Any:
     for storage in (plain, *storages):
         _attend(bb, c, storage)
     mod = AttachKVCache(c, kv_kernels(c, tvm_target), storages)(bb.get())
+    if "aarch64" in str(tvm_target.attrs.get("mtriple", "")):
+        mod, tvm_target = emulate_kernels(mod, tvm_target), tvm.target.Target(HOST)
     with tvm.transform.PassContext(disabled_pass=list(TARGET.needless_passes)):
         return relax.VirtualMachine(tvm.compile(mod, target=tvm_target), tvm.cpu())
 

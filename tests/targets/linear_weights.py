@@ -10,13 +10,27 @@ import tvm
 
 from qcc.quant_schemes.format import WeightFormat
 from qcc.quant_schemes.packing import Grid, Quantized, dequantize, store
-from qcc.targets.cpu.isa import AVX2, AVX2_VNNI, AVX512, AVX512_AMX, AVX512_VNNI, NEON_DOT, SSE, Isa
+from qcc.targets.cpu.isa import (
+    AVX2,
+    AVX2_VNNI,
+    AVX512,
+    AVX512_AMX,
+    AVX512_VNNI,
+    NEON,
+    NEON_DOT,
+    NEON_I8MM,
+    SSE,
+    Isa,
+)
+
+from .aarch64 import lacking
 
 # |y - exact| <= this * sum |x|(|w - b| + |b|), b the bias of w' = q*s + b. Each f32 rounding adds
 # 2^-24 = 6e-8 of a partial sum; the chains are a few dozen terms long, and errors average out. A
 # lost or doubled column makes 1e-2 or more.
 RELATIVE = 1e-6
 
+AARCH64 = {"kind": "llvm", "mtriple": "aarch64-unknown-linux-gnu"}
 PROCESSORS: dict[str, tuple[Isa, dict[str, Any]]] = {
     "avx512": (AVX512, {"kind": "llvm", "mcpu": "skylake-avx512"}),
     "vnni": (AVX512_VNNI, {"kind": "llvm", "mcpu": "cascadelake"}),
@@ -24,10 +38,9 @@ PROCESSORS: dict[str, tuple[Isa, dict[str, Any]]] = {
     "avx2_vnni": (AVX2_VNNI, {"kind": "llvm", "mcpu": "alderlake"}),
     "avx2": (AVX2, {"kind": "llvm", "mcpu": "x86-64-v3"}),
     "sse": (SSE, {"kind": "llvm", "mcpu": "x86-64-v2"}),
-    "neon": (
-        NEON_DOT,
-        {"kind": "llvm", "mtriple": "aarch64-unknown-linux-gnu", "mcpu": "cortex-a76"},
-    ),
+    "neon": (NEON, AARCH64 | {"mcpu": "cortex-a53"}),
+    "neon_dot": (NEON_DOT, AARCH64 | {"mcpu": "cortex-a76"}),
+    "neon_i8mm": (NEON_I8MM, AARCH64 | {"mcpu": "neoverse-v1"}),
 }
 
 
@@ -45,7 +58,10 @@ def _flags() -> set[str]:
     return set(line.split(":", 1)[1].split())
 
 
-def runnable(name: str) -> bool:
+def lacks(name: str) -> str:
+    """Why a processor's kernels cannot run here, or an empty string."""
+    if name.startswith("neon"):
+        return lacking()
     avx512 = {"avx512f", "avx512bw", "avx512vl"}
     avx2 = {"avx2", "fma"}
     needed = {
@@ -56,7 +72,8 @@ def runnable(name: str) -> bool:
         "avx2": avx2,
         "sse": {"sse4_2"},
     }
-    return name in needed and needed[name] <= _flags()
+    missing = sorted(needed[name] - _flags())
+    return f"this machine has no {', '.join(missing)}" if missing else ""
 
 
 def stored(fmt: WeightFormat, n: int, k: int) -> tuple[list[Any], Any, Any]:

@@ -14,7 +14,8 @@ from qcc.compiler.recurrent_config import DeltaConfig
 from qcc.targets.cpu.passes.lower_scans import LowerScans
 from qcc.targets.cpu.passes.schedule import schedule_loops
 
-from .linear_weights import PROCESSORS, runnable, tensor
+from .aarch64 import Emulated
+from .linear_weights import PROCESSORS, lacks, tensor
 
 SIZES = {
     "odd": DeltaConfig(2, 6, 12, 20, 4, (True,)),
@@ -22,7 +23,7 @@ SIZES = {
     "usual": DeltaConfig(2, 4, 128, 128, 4, (True,)),
     "mamba": DeltaConfig(2, 4, 40, 24, 4, (True,), corrects=False, conv_bias=True),
 }
-KINDS = ("anywhere", "avx512", "avx2", "sse")
+KINDS = ("anywhere", "avx512", "avx2", "sse", "neon")
 PLACES = 5
 # (place, rows) of each sequence: shorter than the convolution, and longer.
 RUNS = [[(3, 40)], [(4, 1)], [(4, 1), (0, 1), (3, 1)], [(1, 2), (4, 17), (0, 3), (2, 1)]]
@@ -49,7 +50,8 @@ def built(kind: str, name: str) -> Any:
         module = tvm.IRModule({k: f.with_attr("global_symbol", k) for k, f in named.items()})
     target = tvm.target.Target(description)
     with target:
-        return tvm.compile(module, target)
+        lib = tvm.compile(module, target)
+    return Emulated(lib, f"delta_rule_{name}") if kind == "neon" else lib
 
 
 def segments(run: list[tuple[int, int]]) -> Any:
@@ -66,13 +68,9 @@ def name(request: Any) -> str:
 
 @pytest.fixture(params=KINDS)
 def module(request: Any, name: str) -> Any:
-    if request.param in PROCESSORS and not runnable(request.param):
-        pytest.skip(f"this machine has no {request.param}")
+    if request.param in PROCESSORS and (why := lacks(request.param)):
+        pytest.skip(why)
     return built(request.param, name)
-
-
-def test_kernels_compile_for_arm() -> None:
-    assert built("neon", "odd") is not None
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)

@@ -16,7 +16,8 @@ from qcc.targets.cpu.kernels.activations import HIGH, LOW, Activations, prepare
 from qcc.targets.cpu.kernels.experts import FEW, expert_order, experts_gemm, experts_gemv
 from qcc.targets.cpu.passes.schedule import schedule_loops
 
-from .linear_weights import PROCESSORS, RELATIVE, asymmetric, q, runnable, stored, tensor
+from .aarch64 import Emulated
+from .linear_weights import PROCESSORS, RELATIVE, asymmetric, lacks, q, stored, tensor
 
 # One of each way in which kernels read numbers: floats, scales, sums of x, codes of scales, words
 # that lie transposed, one scale of all experts.
@@ -36,11 +37,10 @@ EXPERTS, SLOTS = 7, 3
 # fill no group or chunk.
 SHAPES = [(77, 105, SLOTS), (128, 40, 1)]
 CASES = [("vnni", fmt) for fmt in FORMATS] + [("avx2", fmt) for fmt in FORMATS[2::3]]
+CASES += [("neon_dot", q(4, 32))]
 IN_MODES = [(*case, HIGH) for case in CASES]
 IN_MODES += [(*case, LOW) for case in CASES if not case[1].is_float]
-IDS = [
-    f"{p}-{f.bits}-{f.group}-{f.grid}-{'high' if m == HIGH else 'low'}" for p, f, m in IN_MODES
-]
+IDS = [f"{p}-{f.bits}-{f.group}-{f.grid}-{'high' if m == HIGH else 'low'}" for p, f, m in IN_MODES]
 
 
 @functools.cache
@@ -59,7 +59,8 @@ def built(processor: str, fmt: WeightFormat) -> Any:
     target = tvm.target.Target(description)
     module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in made.items()})
     with target:
-        return tvm.compile(module, target)
+        lib = tvm.compile(module, target)
+    return Emulated(lib, f"experts_{processor}") if processor == "neon_dot" else lib
 
 
 def poisoned(packed: list[Any], used: set[int]) -> list[Any]:
@@ -104,8 +105,8 @@ def prepared(lib: Any, fmt: WeightFormat, n: int, x: Any, mode: int, isa: Isa) -
 
 @pytest.mark.parametrize(("processor", "fmt", "mode"), IN_MODES, ids=IDS)
 def test_products_of_pairs(processor: str, fmt: WeightFormat, mode: int) -> None:
-    if not runnable(processor):
-        pytest.skip(f"this machine does not run {processor}")
+    if why := lacks(processor):
+        pytest.skip(why)
     isa, _ = PROCESSORS[processor]
     lib, random = built(processor, fmt), np.random.default_rng(1)
     for n, k, each in SHAPES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
@@ -17,20 +16,24 @@ from qcc.quant_schemes.format import (
     CODE_BITS,
     GRIDS,
     SCALE_BITS,
+    UNIT,
     WeightFormat,
     mxfp4,
 )
 from qcc.quant_schemes.packing import in_layout, unpack, unpack_stream
 from qcc.runtime.machine import enable_tiles
+from qcc.targets.cpu import TARGET
 from qcc.targets.cpu.isa import AVX512, Isa, isa_of
 from qcc.targets.cpu.kernels import layout
 from qcc.targets.cpu.kernels.activations import HIGH, LOW, TILES, TILES_FROM, Activations, prepare
+from qcc.targets.cpu.kernels.gemm import CHUNK
 from qcc.targets.cpu.kernels.linear import gemm, gemv
 from qcc.targets.cpu.kernels.steps import MAX_STEP, steps_of
 from qcc.targets.cpu.kernels.table_rows import table_rows
 from qcc.targets.cpu.passes.schedule import schedule_loops
 
-from .linear_weights import PROCESSORS, RELATIVE, asymmetric, q, runnable, stored, tensor
+from .aarch64 import Emulated
+from .linear_weights import PROCESSORS, RELATIVE, asymmetric, lacks, q, stored, tensor
 
 FLOATS = [WeightFormat(32, "float32"), WeightFormat(16, "float16"), WeightFormat(16, "bfloat16")]
 
@@ -72,8 +75,8 @@ FORMATS = [
     asymmetric(6, 256, scale_bits=8),
     q(5, 128, "float32", scale_bits=5),
 ]
-# (n, k): rows that fill no vector and no panel, columns that fill no word, group or chunk.
-SHAPES = [(129, 297), (64, 20)]
+ROW = 297  # columns where a group is a row
+SMALL = (64, 20)  # (n, k)
 ROWS = (5, 6, 23, 43)  # of x: below, at and above the register tile's six; two and three tiles
 
 
@@ -81,41 +84,53 @@ def names(fmt: WeightFormat, n: int, k: int) -> str:
     return f"{'_'.join(str(value) for value in fmt.as_dict().values())}_{n}_{k}"
 
 
-def functions(fmt: WeightFormat, n: int, k: int, isa: Isa) -> dict[str, Any]:
-    """Every kernel of a weight, under the names in the module."""
-    made = {
-        "gemv": gemv(fmt, n, k, isa),
-        "gemm": gemm(fmt, n, k, isa),
-        "rows": table_rows(fmt, n, k, isa),
-    }
+def kernels(fmt: WeightFormat, n: int, k: int, isa: Isa, with_gemm: bool) -> dict[str, Any]:
+    """The kernels of a weight by name."""
+    made = {"gemv": gemv(fmt, n, k, isa), "rows": table_rows(fmt, n, k, isa)}
+    if with_gemm:
+        made["gemm"] = gemm(fmt, n, k, isa)
     for name, rows in (("prepare1", 1), ("prepare", None)):
         kind = Activations.of(fmt, k, rows == 1, isa)
-        if kind is not None:
+        if kind is not None and (rows == 1 or with_gemm):
             made[name] = prepare(kind, rows, isa)
-    for part in range(len(fmt.stored(n, k))):
-        made[f"repack{part}"] = schedule_loops(layout.repack_func(fmt, n, k, part, isa), isa)
+    return made
+
+
+def repacks(fmt: WeightFormat, n: int, k: int, isa: Isa) -> dict[str, Any]:
+    """The functions by name that put a weight into the kernels' layout."""
     return {
-        f"{kind}_{names(fmt, n, k)}": func.with_attr("global_symbol", f"{kind}_{names(fmt, n, k)}")
-        for kind, func in made.items()
+        f"repack{part}": schedule_loops(layout.repack_func(fmt, n, k, part, isa), isa)
+        for part in range(len(fmt.stored(n, k)))
     }
 
 
-def shapes(fmt: WeightFormat) -> list[tuple[int, int]]:
-    """Both of some formats: the time goes into compiling."""
-    return SHAPES if fmt in FORMATS[::4] else SHAPES[:1]
+def shape_of(fmt: WeightFormat) -> tuple[int, int]:
+    """(n, k): rows that fill no vector and no panel; two chunks of columns, a unit, and a rest.
+
+    The rest fills no quad, no word and no group.
+    """
+    step = steps_of(fmt, ROW).step
+    whole = fmt.group in ("row", "tensor")
+    return 129, ROW if whole else 2 * max(CHUNK // step, 1) * step + UNIT + 9
 
 
-@functools.cache
-def built(processor: str, fmt: WeightFormat) -> Any:
-    """The kernels of all shapes for a processor."""
+def shapes(processor: str, fmt: WeightFormat) -> list[tuple[int, int]]:
+    """Of some formats rows shorter than a step as well."""
+    return (
+        [shape_of(fmt), SMALL] if processor == "vnni" and fmt in FORMATS[::6] else [shape_of(fmt)]
+    )
+
+
+def built(processor: str, functions: dict[str, Any], name: str) -> Any:
+    """Functions compiled for a processor, to be called here under their names."""
     isa, description = PROCESSORS[processor]
-    module: dict[str, Any] = {}
-    for n, k in shapes(fmt):
-        module |= functions(fmt, n, k, isa)
     target = tvm.target.Target(description)
     assert isa_of(target) == isa
-    with target:
-        return tvm.compile(tvm.IRModule(module), target)
+    module = {key: func.with_attr("global_symbol", key) for key, func in functions.items()}
+    needless = list(TARGET.needless_passes)
+    with target, tvm.transform.PassContext(disabled_pass=needless):
+        lib = tvm.compile(tvm.IRModule(module), target)
+    return Emulated(lib, name) if "neon" in processor else lib
 
 
 def repacked(lib: Any, fmt: WeightFormat, n: int, k: int, isa: Isa, parts: list[Any]) -> list[Any]:
@@ -123,7 +138,7 @@ def repacked(lib: Any, fmt: WeightFormat, n: int, k: int, isa: Isa, parts: list[
     made = []
     for i, (_, shape, dtype) in enumerate(layout.packed_parts(fmt, n, k, isa)):
         out = tvm.runtime.empty(shape, dtype)
-        lib[f"repack{i}_{names(fmt, n, k)}"](tensor(parts[i]), out)
+        lib[f"repack{i}"](tensor(parts[i]), out)
         made.append(out)
     return made
 
@@ -134,7 +149,7 @@ def aligned(array: Any) -> Any:
     return found.copyfrom(array)
 
 
-def activations(lib: Any, fmt: WeightFormat, n: int, x: Any, mode: int, isa: Isa) -> list[Any]:
+def activations(lib: Any, fmt: WeightFormat, x: Any, mode: int, isa: Isa) -> list[Any]:
     """What the kernels take after x: what `prepare` made, junk where it made nothing, and mode."""
     m, k = x.shape
     kind = Activations.of(fmt, k, m == 1, isa)
@@ -143,7 +158,7 @@ def activations(lib: Any, fmt: WeightFormat, n: int, x: Any, mode: int, isa: Isa
     shapes = [([int(extent) for extent in shape], dtype) for _, shape, dtype in kind.parts(m)]
     made = [aligned(np.full(shape, 3, dtype)) for shape, dtype in shapes]
     chosen = tensor(np.array([mode], np.int32))
-    lib[f"prepare{1 if m == 1 else ''}_{names(fmt, n, k)}"](tensor(x), chosen, *made)
+    lib["prepare1" if m == 1 else "prepare"](tensor(x), chosen, *made)
     return [*made, chosen]
 
 
@@ -167,19 +182,26 @@ def rounded(x: Any, codes: Any, scales: Any) -> Any:
     return found[:, :k]
 
 
-# Every format with table lookup, 16 lanes and VNNI; elsewhere each way to decode and to multiply.
-CASES = [("vnni", fmt) for fmt in FORMATS]
-CASES += [("amx", fmt) for fmt in (FLOATS[2], q(4, 32), asymmetric(2, 16, scale_bits=4), q(8, 24))]
-CASES += [("avx512", fmt) for fmt in (q(8, 32), q(2, 64, zero=1), asymmetric(8, "row", "bfloat16"))]
-CASES += [("avx2_vnni", fmt) for fmt in FORMATS[5::9]]
-CASES += [("avx2", fmt) for fmt in FORMATS[1::5]] + [("sse", fmt) for fmt in FORMATS[2::11]]
+CASES = [("avx512", fmt) for fmt in (q(8, 32), q(2, 64, zero=1), asymmetric(8, "row", "bfloat16"))]
+CASES += [("avx2_vnni", fmt) for fmt in FORMATS[5::9]] + [("avx2", fmt) for fmt in FORMATS[1::6]]
+# Every format with table lookup, 16 lanes and VNNI. The time goes into compiling, most of it into
+# GEMMs: each format has its own on one of these processors, but for dtypes of scales and layouts,
+# which are the same to GEMV and GEMM.
+ELSEWHERE = [(fmt.bits, fmt.group, fmt.grid) for _, fmt in CASES if not fmt.is_float]
+GEMMS = [fmt for fmt in FORMATS if (fmt.bits, fmt.group, fmt.grid) not in ELSEWHERE] + [q(4, 32)]
+CASES += [("vnni", fmt) for fmt in FORMATS]
+# Tiles, no dot product, and under emulation: each way to decode and to multiply.
+CASES += [("amx", fmt) for fmt in (FLOATS[2], asymmetric(2, 16, scale_bits=4), q(8, 24))]
+CASES += [("sse", fmt) for fmt in FORMATS[2::11]] + [("neon", fmt) for fmt in (FLOATS[2], q(4, 32))]
+CASES += [("neon_dot", q(8, 32)), ("neon_dot", asymmetric(2, 16, scale_bits=4))]
+CASES += [("neon_dot", mxfp4("float16")), ("neon_i8mm", q(4, 32)), ("neon_i8mm", asymmetric(3, 32))]
 IDS = [f"{processor}-{names(fmt, 0, 0)[:-4]}" for processor, fmt in CASES]
 
 
 @pytest.fixture
 def processor(request: Any) -> str:
-    if not runnable(request.param):
-        pytest.skip(f"this machine does not run {request.param}")
+    if why := lacks(request.param):
+        pytest.skip(why)
     return str(request.param)
 
 
@@ -194,35 +216,37 @@ def modes(fmt: WeightFormat, isa: Isa) -> tuple[int, ...]:
 def test_kernels(processor: str, fmt: WeightFormat) -> None:
     """gemv, gemm and table_rows over weights that the repack functions made."""
     isa, _ = PROCESSORS[processor]
-    lib = built(processor, fmt)
+    with_gemm = processor != "vnni" or fmt in GEMMS
     random = np.random.default_rng(0)
-    for n, k in shapes(fmt):
+    for n, k in shapes(processor, fmt):
+        functions = kernels(fmt, n, k, isa, with_gemm) | repacks(fmt, n, k, isa)
+        lib = built(processor, functions, f"{processor}_{names(fmt, n, k)}")
         parts, weights, bias = stored(fmt, n, k)
         size = np.abs(weights - bias) + np.abs(bias)
         packed = repacked(lib, fmt, n, k, isa, parts)
 
-        def close(kind: str, m: int, mode: int, n: int = n, k: int = k, w: Any = weights,
-                  p: Any = packed, size: Any = size) -> None:  # fmt: skip
+        def close(kind: str, m: int, mode: int, lib: Any = lib, n: int = n, k: int = k,
+                  w: Any = weights, p: Any = packed, size: Any = size) -> None:  # fmt: skip
             x = random.normal(size=(m, k)).astype("float32")
-            given = activations(lib, fmt, n, x, mode, isa)
+            given = activations(lib, fmt, x, mode, isa)
             exact = x.astype("float64")
             if mode == TILES and m >= TILES_FROM:
                 exact, w = bf16(x, "even"), bf16(w, "away")
             elif mode != HIGH and len(given) > 3:
                 exact = rounded(x, given[0].numpy(), given[1].numpy())
             out = aligned(np.full((m, n), np.nan, "float32"))
-            lib[f"{kind}_{names(fmt, n, k)}"](tensor(x), *given, *p, out)
+            lib[kind](tensor(x), *given, *p, out)
             bound = np.abs(exact) @ size.T
             error = np.abs(out.numpy() - exact @ w.T)
             assert (error <= RELATIVE * bound + 1e-12).all(), (kind, n, k, m, (error / bound).max())
 
         for mode in modes(fmt, isa):
             close("gemv", 1, mode)
-            for m in ROWS:
+            for m in ROWS if with_gemm else ():
                 close("gemm", m, mode)
         ids = np.array([n - 1, 0, n // 2, -3, n, 2**31 - 1], np.int32)
         out = tensor(np.full((len(ids), k), np.nan, "float32"))
-        lib[f"rows_{names(fmt, n, k)}"](*packed, tensor(ids), out)
+        lib["rows"](*packed, tensor(ids), out)
         # Products of small whole numbers and scales of 16 bits are exact, a sum is rounded once.
         expected = weights[np.clip(ids, 0, n - 1)].astype("float32")
         if fmt.dtype != "float32" or fmt.is_float:
@@ -234,9 +258,10 @@ def test_kernels(processor: str, fmt: WeightFormat) -> None:
 def test_layout(processor: str, fmt: WeightFormat) -> None:
     """Row r lies in lane r % L of block r // L; blocks fill whole panels, padded with 0."""
     isa, _ = PROCESSORS[processor]
-    n, k = SHAPES[0]
+    n, k = shape_of(fmt)
     parts, _, _ = stored(fmt, n, k)
-    made = repacked(built(processor, fmt), fmt, n, k, isa, parts)
+    lib = built(processor, repacks(fmt, n, k, isa), f"{processor}_{names(fmt, n, k)}_repack")
+    made = repacked(lib, fmt, n, k, isa, parts)
     for part, packed in zip(parts, made, strict=True):
         rows = part if fmt.is_float else in_layout(part, fmt)
         blocks, columns, lanes = packed.shape
@@ -316,22 +341,8 @@ def test_repacked_weights_are_no_larger() -> None:
         assert nbytes * 8 / (n * k) == fmt.bits_per_weight(n, k) + most, fmt
 
 
-@pytest.mark.parametrize(
-    "fmt", [FORMATS[2], FORMATS[3], FORMATS[11]], ids=lambda fmt: names(fmt, 0, 0)[:-4]
-)
-def test_aarch64_compiles(fmt: WeightFormat, tmp_path: Any) -> None:
-    """To an object with its functions; nothing here runs it."""
-    lib = built("neon", fmt)
-    path = tmp_path / "lib.o"
-    lib.mod.write_to_file(str(path), "o")
-    data = path.read_bytes()
-    assert data[:4] == b"\x7fELF" and data[18] == 183, "EM_AARCH64"
-    for n, k in shapes(fmt):
-        assert f"gemv_{names(fmt, n, k)}".encode() in data
-
-
-def _assembly(fmt: WeightFormat) -> str:
-    isa, description = PROCESSORS["avx512"]
+def _assembly(processor: str, fmt: WeightFormat) -> str:
+    isa, description = PROCESSORS[processor]
     target = tvm.target.Target(description)
     func = gemv(fmt, 64, 256, isa).with_attr("global_symbol", "f")
     with target:
@@ -340,8 +351,24 @@ def _assembly(fmt: WeightFormat) -> str:
 
 def test_narrow_codes_use_a_table_lookup() -> None:
     """One permutation turns 16 codes into numbers, and sums are fused multiply-adds."""
-    text = _assembly(q(4, 32))
+    text = _assembly("avx512", q(4, 32))
     lookups = text.count("vpermps") + text.count("vpermd")
     assert lookups == 32 and text.count("vfmadd") >= 32
-    text = _assembly(q(5, 32))
+    text = _assembly("avx512", q(5, 32))
     assert text.count("vpermi2ps") + text.count("vpermt2ps") == 32
+
+
+@pytest.mark.parametrize(
+    ("processor", "instruction"),
+    [
+        ("vnni", "vpdpbusd"),
+        ("avx2_vnni", "{vex} vpdpbusd"),
+        ("avx2", "vpmaddubsw"),
+        ("neon_dot", "sdot"),
+        ("neon_i8mm", "usdot"),
+    ],
+)
+def test_codes_are_multiplied_by_dot_products(processor: str, instruction: str) -> None:
+    """8 of a step of 32 columns, at least: a quad is one."""
+    text = _assembly(processor, q(4, 32)).replace("\t", " ")
+    assert text.count(f" {instruction} ") >= 8

@@ -26,7 +26,7 @@ from qcc.targets.cpu.kernels.linear import gated_gemm
 from qcc.targets.cpu.kernels.row_sources import Gated, Normed, RowSource
 from qcc.targets.cpu.passes.schedule import schedule_loops
 
-from .linear_weights import PROCESSORS, q, runnable, stored, tensor
+from .linear_weights import PROCESSORS, lacks, q, stored, tensor
 
 FORMAT = q(4, 32)
 EPS = 1e-5
@@ -48,8 +48,8 @@ def expected(source: RowSource, given: list[Any]) -> Any:
 
 
 def compiled(name: str, functions: dict[str, Any]) -> Any:
-    if not runnable(name):
-        pytest.skip(f"this machine does not run {name}")
+    if why := lacks(name):
+        pytest.skip(why)
     target = tvm.target.Target(PROCESSORS[name][1])
     module = {key: func.with_attr("global_symbol", key) for key, func in functions.items()}
     with target:
