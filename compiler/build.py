@@ -201,6 +201,7 @@ def build_library(
 
     def describe(usage: dict[str, int]) -> dict[str, Any]:
         made.update(_metadata(plan, specs, spec, target, hoist, usage))
+        made["qcc"]["precision"] = options.precision
         return made
 
     bounds = {"n": plan.sizes.prefill_chunk_size, "b": plan.sizes.max_batch_size}

@@ -112,6 +112,7 @@ class BuildOptions:
     mcpu: str = "native"  # `--mcpu` may list several: see `each`
     triple: str | None = None
     opt: int = 2
+    precision: str = "both"  # or "high": a library that computes in float32 only, built faster
 
     def each(self) -> list[BuildOptions]:
         """The options for one processor of a list a,b,c each.

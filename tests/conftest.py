@@ -227,7 +227,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """compiled(checkpoint folder, scheme, opt=2, **SizeFlags): its LLM; one compile for each."""
+    """compiled(checkpoint folder, scheme, opt=2, low=False, **SizeFlags): its LLM, `high`.
+
+    One compile for each; `low`: the library has low precision as well, which takes longer.
+    """
     from qcc.compiler.driver import compile_model
     from qcc.compiler.options import CompileOptions
     from qcc.compiler.sizes import SizeFlags
@@ -236,13 +239,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
     made: dict[tuple[Any, ...], Any] = {}
 
-    def compile_once(model: Path, quant: str = "q0f32", opt: int = 2, **sizes: int) -> Any:
-        key = (model, quant, opt, *sorted(sizes.items()))
+    def compile_once(
+        model: Path, quant: str = "q0f32", opt: int = 2, low: bool = False, **sizes: int
+    ) -> Any:
+        key = (model, quant, opt, low, *sorted(sizes.items()))
         if key not in made:
             out = tmp_path_factory.mktemp("artifact") / f"{model.name}-{Path(quant).stem}"
-            options = CompileOptions(
-                quant=quant, sizes=SizeFlags(**sizes), build=BuildOptions(opt=opt)
-            )
+            build = BuildOptions(opt=opt, precision="both" if low else "high")
+            options = CompileOptions(quant=quant, sizes=SizeFlags(**sizes), build=build)
             made[key] = LLM(compile_model(str(model), out, options), precision="high")
         return made[key]
 

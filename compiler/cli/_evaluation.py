@@ -52,7 +52,7 @@ class EvalOptions:
     allow_pickle: bool = False
     lora: Path | None = None
     threads: int | None = None
-    precision: str = "low"
+    precision: str | None = None
     kv: tuple[str, ...] = ()  # the first counts; with `activations` each is measured
     activations: bool = False
 

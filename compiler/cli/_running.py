@@ -74,8 +74,8 @@ def add_precision_argument(running: Any) -> None:
     running.add_argument(
         "--precision",
         choices=("high", "low"),
-        default="low",
-        help="high: float32 activations; low: int8 activations, faster",
+        default=None,
+        help="high: float32 activations; low: int8 activations, faster (default: low)",
     )
 
 

@@ -81,6 +81,6 @@ def run(args: argparse.Namespace) -> int:
     grid = Grid(args.prompt, args.generate, args.depth, args.batch)
     threads = args.threads or (llm.threads,)
     plan = Plan(grid, threads, args.repeats, args.profile, cpus)
-    found = {**bench(llm, plan, shown_progress()), "precision": args.precision}
+    found = {**bench(llm, plan, shown_progress()), "precision": llm.model.precision}
     print(json.dumps(found) if args.json else "\n".join(lines(found)))
     return 0

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="O0: generic schedules only; O1: our kernels; O2: and fusion",
     )
     parser.add_argument(
+        "--precision",
+        default="both",
+        choices=["both", "high"],
+        help="high: a smaller library that only computes in float32; both: running chooses",
+    )
+    parser.add_argument(
         "--eval",
         metavar="TEXT",
         default=None,
@@ -152,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     options = model_options(
         args,
         targets=targets,
-        build=BuildOptions(args.mcpu, args.triple, int(args.opt[1:])),
+        build=BuildOptions(args.mcpu, args.triple, int(args.opt[1:]), args.precision),
         dump_ir=Path(args.dump_ir) if args.dump_ir else None,
     )
     steps = Steps()

@@ -18,7 +18,7 @@ from qcc.runtime.artifact import CHAT_CONFIG, Artifact
 from qcc.runtime.engine import tvm_runtime
 from qcc.runtime.engine.library import Floats, Library
 from qcc.runtime.engine.memory import available_bytes, check_embedding
-from qcc.runtime.engine.settings import settings
+from qcc.runtime.engine.settings import choose_precision, settings
 from qcc.runtime.engine.tokenizer import Tokenizer
 from qcc.runtime.engine.weights import load_slots
 from qcc.runtime.errors import QccError
@@ -110,9 +110,10 @@ class Embedder:
         self.artifact.verify(report("check"))
         self.library = Library(self.artifact.library(device))
         meta = self.library.metadata
+        chosen = choose_precision(precision, meta.precision)
         check_embedding(meta, available_bytes())
         self.library.bind(
-            load_slots(self.artifact, self.library, report("repack weights"), settings(precision))
+            load_slots(self.artifact, self.library, report("load weights"), settings(chosen))
         )
         self.tokenizer = Tokenizer(self.artifact.folder, self.artifact.chat_config)
         self.window = meta.context_window_size

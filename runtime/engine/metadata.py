@@ -71,6 +71,7 @@ class Metadata:
     hidden_size: int
     page_size: int
     compute_dtype: str
+    precision: str  # both, or high: the kernels compute in float32 only
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -187,6 +188,7 @@ def _kv(data: dict[str, Any]) -> dict[str, Any]:
         "target": str(own["target"]),
         "page_size": int(own["page_size"]),
         "compute_dtype": own["compute_dtype"],
+        "precision": str(own.get("precision", "both")),
         "kv_storages": storages,
         "kv": storages[0].name if storages else "",
         "extents": tuple(map(str, own["extents"])),

@@ -11,7 +11,7 @@ import numpy as np
 from qcc.runtime.artifact import Artifact
 from qcc.runtime.engine.library import Floats, KVCache, Library, Tokens, total_pages
 from qcc.runtime.engine.memory import available_bytes, choose_total_tokens
-from qcc.runtime.engine.settings import default_kv, settings
+from qcc.runtime.engine.settings import choose_precision, default_kv, settings
 from qcc.runtime.engine.weight_memory import Progress, check_weights
 from qcc.runtime.engine.weights import load_slots, with_settings
 from qcc.runtime.errors import QccError
@@ -98,6 +98,7 @@ class CompiledModel:
         if device.split("-")[0] != "cpu":
             raise QccError(f"--device {device}: this version runs on cpu only")
         library = Library(artifact.library(device))
+        precision = self.precision = choose_precision(precision, library.metadata.precision)
         library.choose_kv(kv, default_kv(precision), precision != "high" and enable_tiles())
         meta = library.metadata
         batch = _at_most(max_batch_size, meta.max_batch_size, "max_batch_size")
@@ -124,7 +125,7 @@ class CompiledModel:
             forgets=not meta.states,
         )
 
-    def switch(self, precision: str, kv: str | None = None, tiles: bool = True) -> None:
+    def switch(self, precision: str | None, kv: str | None = None, tiles: bool = True) -> None:
         """Compute otherwise from now on, with an empty KV cache; the weights are not loaded again.
 
         `precision` and `kv` as at load. Without `tiles` low precision keeps from tile registers, as
@@ -133,6 +134,7 @@ class CompiledModel:
         Raises:
             QccError: as at load.
         """
+        precision = self.precision = choose_precision(precision, self.library.metadata.precision)
         found = settings(precision, tiles)
         tiled = tiles and precision != "high" and enable_tiles()
         self.library.choose_kv(kv, default_kv(precision), tiled)

@@ -36,6 +36,7 @@ AARCH64 = {
 }  # fmt: skip
 FEATURES = {"x86_64": X86_64, "aarch64": AARCH64}
 # Tiles are used where the setting `precision` asks for them, which the runtime sets where they are.
+HIGH_ONLY = "high-precision"  # a key of a target whose code computes in float32 only
 AMX = {"amx-tile": "amx_tile", "amx-int8": "amx_int8", "amx-bf16": "amx_bf16"}
 
 
@@ -68,6 +69,8 @@ def resolve(options: BuildOptions) -> tuple[Any, str]:
     description: dict[str, Any] = {"kind": "llvm", "mcpu": mcpu}
     if options.triple or machine != platform.machine():
         description["mtriple"] = triple
+    if options.precision == "high":
+        description["keys"] = ["cpu", HIGH_ONLY]
     if native:
         description["mattr"] = _host_attributes(mcpu)
         if not description["mattr"]:

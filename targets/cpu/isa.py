@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import tvm
 
+from qcc.targets.cpu.build import HIGH_ONLY
+
 
 @dataclass(frozen=True)
 class Isa:
@@ -50,7 +52,12 @@ AARCH64 = {"neon": NEON, "neon_dotprod": NEON_DOT, "neon_i8mm": NEON_I8MM}
 
 
 def isa_of(target: tvm.target.Target) -> Isa:
-    """The widest description whose instructions the target has."""
+    """The widest description whose instructions the target has, and is to use."""
+    found = _widest(target)
+    return replace(found, dot=None, tiles=False) if HIGH_ONLY in target.keys else found
+
+
+def _widest(target: tvm.target.Target) -> Isa:
 
     def has(*features: str) -> bool:
         probe = tvm.target.codegen.llvm_cpu_has_features
@@ -70,7 +77,7 @@ def isa_of(target: tvm.target.Target) -> Isa:
 
 def rank_of(target: tvm.target.Target) -> tuple[str, int]:
     """The name of `isa_of` a target, and its place among those of the machine: wider is higher."""
-    isa = isa_of(target)
+    isa = _widest(target)
     found = (
         (name, rank)
         for names in (X86_64, AARCH64)

@@ -277,7 +277,8 @@ CASES = [
         },
     ),
     # At logits of 25 f32's rounding shows in single positions: of qwen3_next transformers itself
-    # is 8e-4 off f64; of qwen3_5 in 4 bits qcc is 2e-4 off at most, rms 1.2e-5 (its own 1.0e-5).
+    # is 8e-4 off f64; of qwen3_5 in 4 bits qcc is 2e-4 off at most, rms 1.2e-5 (its own 1.0e-5);
+    # of qwen3_5-eye transformers is 2.7e-4 off, qcc 1.1e-4 (rms 1.2e-5 and 1.0e-5).
     Case("qwen3_5", "qwen3_5_text", DELTA, largest=20),
     Case(
         "qwen3_5-eye", "qwen3_5",
@@ -288,7 +289,7 @@ CASES = [
                 "out_hidden_size": 84, "num_position_embeddings": 16, "patch_size": 4,
             },
         },
-        base={}, quantized=False,
+        base={}, quantized=False, largest=20,
     ),
     Case(
         "qwen3_5-order", "qwen3_5_text",

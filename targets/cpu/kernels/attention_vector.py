@@ -9,6 +9,7 @@ Nothing here calls libm: exp2, log2, tanh, cos and sin are polynomials, the same
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,11 +149,31 @@ def exp2(x: Any, lanes: int) -> Any:
     """
     clamped = keep(T.max(x, splat(-127.0, lanes)), lanes)
     rounded, fraction = _nearest(clamped, lanes)
+    return _power(clamped, rounded, fraction, lanes)
+
+
+def exp(x: Any, lanes: int) -> Any:
+    """e^x for x <= 0, relative error below 1.5e-7; 0 for x < -87.3.
+
+    As `exp2` of x log2 e, whose rounding error the fraction gets back.
+    """
+    clamped = keep(T.max(x, splat(-88.0, lanes)), lanes)
+    scaled = keep(clamped * splat(LOG2_E, lanes), lanes)
+    rounded, _ = _nearest(scaled, lanes)
+    whole = splat(0.0, lanes) - cast(rounded, "float32", lanes)
+    high = struct.unpack("f", struct.pack("f", LOG2_E))[0]
+    fraction = keep(fma(clamped, splat(high, lanes), whole, lanes), lanes)
+    fraction = keep(fma(clamped, splat(LOG2_E - high, lanes), fraction, lanes), lanes)
+    return _power(scaled, rounded, fraction, lanes)
+
+
+def _power(exponent: Any, rounded: Any, fraction: Any, lanes: int) -> Any:
+    """2^(rounded + fraction); 0 where the exponent is below those of normal numbers."""
     poly = horner(fraction, _EXP2_POLY, lanes)
     integer = "int32" if lanes == 1 else f"int32x{lanes}"
-    exponent = T.shift_left(rounded, splat(23, lanes))
-    power = T.reinterpret(_f32(lanes), T.reinterpret(integer, poly) + exponent)
-    return keep(T.Select(clamped < splat(-126.0, lanes), splat(0.0, lanes), power), lanes)
+    shifted = T.shift_left(rounded, splat(23, lanes))
+    power = T.reinterpret(_f32(lanes), T.reinterpret(integer, poly) + shifted)
+    return keep(T.Select(exponent < splat(-126.0, lanes), splat(0.0, lanes), power), lanes)
 
 
 def tanh(x: Any, lanes: int) -> Any:

@@ -109,7 +109,7 @@ def _sigmoid(x: Any, lanes: int) -> Any:
     """1 / (1 + e) where x >= 0, else e / (1 + e), with e = exp(-|x|); a NaN stays one."""
     zero, one = _const(0.0, lanes), _const(1.0, lanes)
     size = T.max(x, zero - x)
-    power = vx.exp2(vx.keep(size * _const(-vx.LOG2_E, lanes), lanes), lanes)
+    power = vx.exp(vx.keep(zero - size, lanes), lanes)
     top = T.Select(x < zero, power, one)
     return top / (one + power) + (x - x)
 
