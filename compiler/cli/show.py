@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcc.runtime.artifact import Artifact
 
 HELP = "show an artifact's or a checkpoint's sizes, formats and memory budget"
 EXAMPLE = "qcc show ./llama-q4"
@@ -51,8 +55,14 @@ def _artifact(folder: Path) -> dict[str, Any]:
     artifact.verify()  # loading a library runs its code
     manifest = artifact.manifest
     libraries: dict[str, dict[str, Any]] = {}
+    taken = _taken(artifact)
     for name, entry in manifest.libraries.items():
-        facts = libraries[name] = {"file": entry.file, "bytes": entry.bytes, "isa": entry.isa}
+        facts = libraries[name] = {
+            "file": entry.file,
+            "bytes": entry.bytes,
+            "isa": entry.isa,
+            "default": folder / entry.file in taken,
+        }
         lacking = ", ".join(missing(entry.requires))
         if lacking:
             facts["note"] = f"this machine lacks {lacking}"
@@ -76,6 +86,17 @@ def _artifact(folder: Path) -> dict[str, Any]:
         "libraries": libraries,
         "quality": manifest.quality,
     }
+
+
+def _taken(artifact: Artifact) -> set[Path]:
+    """The libraries that running takes here unless another is named: one of each target."""
+    from qcc.runtime.errors import QccError
+
+    found = set()
+    for target in {name.split("-")[0] for name in artifact.manifest.libraries}:
+        with suppress(QccError):  # none that this machine can run, as the notes say
+            found.add(artifact.library(target))
+    return found
 
 
 def _checkpoint(model: str, quant: str | None) -> dict[str, Any]:
@@ -141,8 +162,10 @@ def _print(facts: dict[str, Any]) -> None:
         print("\nquality")
         print("\n".join(_quality(facts["quality"], facts["artifact"])))
     for name, library in facts.get("libraries", {}).items():
-        isa = f", {library['isa']}" if library["isa"] else ""
-        print(f"\nlibrary {name}  ({library['file']}, {library['bytes'] / 1e6:.1f} MB{isa})")
+        more = f", {library['isa']}" if library["isa"] else ""
+        if library["default"] and len(facts["libraries"]) > 1:
+            more += ", the one taken here"
+        print(f"\nlibrary {name}  ({library['file']}, {library['bytes'] / 1e6:.1f} MB{more})")
         if "note" in library:
             print(f"  note: {library['note']}")
         if "budget" not in library:

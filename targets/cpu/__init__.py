@@ -57,7 +57,7 @@ def _kv_storages(config: KVCacheConfig, target: tvm.target.Target) -> tuple[KVSt
 
 TARGET = TargetSpec(
     name="cpu",
-    description="LLVM CPU: x86-64 (AVX2, AVX-512) and aarch64 (NEON)",
+    description="LLVM CPU: x86-64 (SSE, AVX2, AVX-512, VNNI, AMX), aarch64 (NEON, dotprod, i8mm)",
     compute_dtype="float32",
     default_prefill_chunk=512,
     library_extension="so",

@@ -12,6 +12,8 @@ FLAGS: list[tuple[list[object], str]] = [
     (["--quant", "none.yaml"], "cannot read none.yaml: No such file"),
     (["--target", "cpuu"], "did you mean 'cpu'"),
     (["--mcpu", "sapphirerapid"], "close: sapphirerapids"),
+    (["--mcpu", "x86-64-v3,sapphirerapid"], "--mcpu 'sapphirerapid' is not a processor"),
+    (["--mcpu", ","], "--mcpu: no processor named; native, x86-64-v3, ..."),
     (["--triple", "riscv64-unknown-linux-gnu"], "supported processors are x86_64 and aarch64"),
     (["--context-window", "257"], "exceeds the 256 positions that the model has"),
     (["--context-window", "0"], "--context-window 0: must be 1 or more"),

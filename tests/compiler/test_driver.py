@@ -1,16 +1,24 @@
 """The order of a compile, and what one folder takes: libraries added, sizes kept, a cache."""
 
+import dataclasses
 import json
 import os
+import platform
 
+import numpy as np
 import pytest
 
-from qcc.compiler.driver import compile_cached, compile_model, convert_model
+from qcc.compiler.driver import _libraries, compile_cached, compile_model, convert_model
 from qcc.compiler.options import CompileOptions
 from qcc.compiler.sizes import SizeFlags
 from qcc.compiler.source import checksum, stamp
+from qcc.runtime import artifact
+from qcc.runtime.engine.model import CompiledModel
 from qcc.runtime.errors import QccError
+from qcc.targets import find_target
+from qcc.targets.spec import BuildOptions
 
+from ..conftest import SAME_LIBRARY
 from ..embeddings import BERT, save_embedding
 
 
@@ -19,18 +27,50 @@ def manifest(folder):
     return json.loads((folder / "qcc.json").read_text())
 
 
-def test_a_library_is_added_with_the_sizes_of_its_folder(checkpoint, tmp_path):
-    """convert with sizes, then compile without: the weights stay, the sizes count."""
+def test_libraries_are_added_with_the_sizes_of_their_folder(checkpoint, tmp_path):
+    """convert with sizes, then compile without: the weights stay, the sizes count.
+
+    Of a library for each of two processors the one of this machine is loaded, unless another is
+    named; they compute the same.
+    """
     model, out = str(checkpoint("llama")), tmp_path / "out"
     convert_model(model, out, CompileOptions(sizes=SizeFlags(context_window=64)))
     assert manifest(out)["libraries"] == {}
     shard = (out / "params_shard_0.bin").stat().st_mtime_ns
-    compile_model(model, out)
-    assert list(manifest(out)["libraries"]) != []
+    both = "native,x86-64-v3" if platform.machine() == "x86_64" else "native"
+    compile_model(model, out, CompileOptions(build=BuildOptions(both)))
+    libraries = manifest(out)["libraries"]
     assert manifest(out)["sizes"]["context_window_size"] == 64
     assert (out / "params_shard_0.bin").stat().st_mtime_ns == shard
     with pytest.raises(QccError, match="another sizes"):
         compile_model(model, out, CompileOptions(sizes=SizeFlags(context_window=128)))
+    if len(libraries) == 1:
+        pytest.skip("x86-64-v3 and this machine are one library here")
+    native, portable = libraries
+    assert portable == "cpu-x86-64-v3" and libraries[portable]["isa"] == "avx2"
+    found = artifact.Artifact.open(out)
+    assert found.library("cpu").name == f"{native}.so"
+    logits = []
+    for device in ("cpu", portable):
+        model = CompiledModel(found, device, max_batch_size=1, precision="high")
+        assert model.library.path == found.library(device)
+        model.add_sequence(0)
+        logits.append(model.verify(0, np.arange(20, dtype=np.int32)))
+    np.testing.assert_allclose(logits[0], logits[1], rtol=0, atol=SAME_LIBRARY)
+
+
+def test_two_names_of_one_library():
+    """What is the same is built once; what is not would overwrite the other."""
+    target = find_target("cpu")
+    (name,) = _libraries([target], BuildOptions("x86-64-v3, x86-64-v3,"))
+    assert name == "cpu-x86-64-v3"
+
+    def of_one_name(options):
+        return target.resolve(options)[0], "cpu-one"
+
+    same = dataclasses.replace(target, resolve=of_one_name)
+    with pytest.raises(QccError, match="x86-64-v3 and x86-64-v4 are both cpu-one here; name one"):
+        _libraries([same], BuildOptions("x86-64-v3,x86-64-v4"))
 
 
 def test_a_tied_model_saved_by_torch_has_its_lm_head_too(checkpoint, tmp_path):

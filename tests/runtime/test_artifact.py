@@ -134,33 +134,38 @@ def test_libraries(folder: Path) -> None:
 
 
 def test_the_library_that_fits_this_machine_is_chosen(folder: Path, monkeypatch: Any) -> None:
-    """Of several libraries for a target: runnable here, and using most of the processor."""
+    """Of several libraries for a target: runnable here, of the widest instructions; or as named."""
 
     def change(data: dict[str, Any]) -> None:
         entry = data["libraries"].pop("cpu-sapphirerapids")
-        for name, machine, flags in (
-            ("cpu-old", "x86_64", ["avx2"]),
-            ("cpu-new", "x86_64", ["avx2", "avx512f"]),
-            ("cpu-newest", "x86_64", ["avx2", "avx512f", "amx_tile"]),
-            ("cpu-arm", "aarch64", []),
+        for name, machine, flags, rank in (
+            ("cpu-old", "x86_64", ["avx2", "fma"], 1),
+            ("cpu-new", "x86_64", ["avx512f"], 3),
+            ("cpu-same", "x86_64", ["avx512f", "avx2"], 3),
+            ("cpu-newest", "x86_64", ["avx2", "avx512f", "amx_tile"], 5),
+            ("cpu-arm", "aarch64", [], 9),
         ):
             requires = {"machine": machine, "flags": flags}
-            data["libraries"][name] = {**entry, "file": f"lib/{name}.so", "requires": requires}
+            facts = {"file": f"lib/{name}.so", "requires": requires, "isa": "x", "rank": rank}
+            data["libraries"][name] = {**entry, **facts}
             shutil.copy(folder / entry["file"], folder / "lib" / f"{name}.so")
 
     edit(folder / "qcc.json", change)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("qcc.runtime.machine.cpu_flags", lambda: {"avx2", "avx512f", "fma"})
     artifact = Artifact.open(folder)
-    assert artifact.library("cpu").name == "cpu-new.so"
+    assert artifact.library("cpu").name == "cpu-same.so"
+    assert artifact.library("cpu-new").name == "cpu-new.so"
     assert artifact.library("cpu-old").name == "cpu-old.so"
     with pytest.raises(QccError, match="cpu-newest needs amx_tile; add one with qcc compile"):
         artifact.library("cpu-newest")
     with pytest.raises(QccError, match="cpu-arm needs an aarch64 processor"):
         artifact.library("cpu-arm")
     monkeypatch.setattr("qcc.runtime.machine.cpu_flags", lambda: {"sse2"})
-    with pytest.raises(QccError, match=r"no library that this machine can run: cpu-old needs avx2"):
+    with pytest.raises(QccError, match="this machine can run: cpu-old needs avx2, fma; cpu-new"):
         artifact.library("cpu")
+    monkeypatch.setattr("qcc.runtime.machine.cpu_flags", lambda: {"avx2", "fma"})
+    assert artifact.library("cpu").name == "cpu-old.so"
 
 
 def test_what_is_no_artifact(folder: Path, tmp_path: Path) -> None:
@@ -203,6 +208,7 @@ def test_versions(folder: Path) -> None:
         (lambda d: d.update(libraries={"cpu": {"file": "x"}}), "sha256"),
         (lambda d: d["libraries"]["webgpu"].update(bytes="9"), "libraries[webgpu] has no size"),
         (lambda d: d["libraries"]["webgpu"].update(file=None), "libraries[webgpu] has no file"),
+        (lambda d: d["libraries"]["webgpu"].update(rank="1"), "libraries[webgpu] has an isa or a"),
         (lambda d: d["libraries"]["webgpu"].update(file="../x.so"), "'../x.so' is not the name of"),
         (lambda d: d["libraries"]["webgpu"].update(file="/x.so"), "'/x.so' is not the name of"),
         (lambda d: d["libraries"]["webgpu"].update(file="lib/y.so"), "lib/y.so: is missing"),

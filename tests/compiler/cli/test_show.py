@@ -62,6 +62,9 @@ def test_a_library_of_another_machine_is_noted(artifact: Path, cli: Any) -> None
     assert "total" in blocks[1] and "note" not in blocks[1] and "total" not in blocks[2]
     libraries = json.loads(cli("show", "--json", artifact).out)["libraries"]
     assert libraries["cpu-other"]["note"] == "this machine lacks an sparc processor"
+    assert [entry["default"] for entry in libraries.values()] == [True, False]
+    first, _ = libraries.values()
+    assert f"{first['isa']}, the one taken here)" in blocks[1] and "taken here" not in blocks[2]
     assert "budget" not in libraries["cpu-other"]
 
 
