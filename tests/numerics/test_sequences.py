@@ -1,4 +1,7 @@
-"""However tokens reach the model, the logits are the same: chunks, decode steps, batches, forks."""
+"""However tokens reach the model, the logits are the same: chunks, decode steps, batches, forks.
+
+And over long contexts they are transformers', or those of a reference in f64.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ import numpy as np
 import pytest
 
 from ..sequences import Runs
+from .sliding_llama import reference
 
+LONG = {"max_position_embeddings": 2048}  # four chunks
+NEOX = {"use_parallel_residual": True, "rotary_pct": 0.25, **LONG}
 CASES = {
-    "llama": ("llama", {}, "q0f32", {}),
-    "4 bits": ("gpt_neox", {"use_parallel_residual": True, "rotary_pct": 0.25}, "q4f16_1", {}),
+    "llama": ("llama", LONG, "q0f32", {}),
+    "4 bits": ("gpt_neox", NEOX, "q4f16_1", {}),
     # Windows of 24 tokens on pages of 16, in chunks of up to five windows.
-    "sliding window": ("mistral", {}, "q0f32", {"prefill_chunk": 128}),
+    "sliding window": ("mistral", {}, "q4f16_1", {"prefill_chunk": 128}),
 }
+LOW = ["4 bits", "sliding window"]
 # TVM's KV cache forks a sequence with a sliding window only within its attention sink.
 FORKING = ["llama", "4 bits"]
 
@@ -24,10 +31,25 @@ FORKING = ["llama", "4 bits"]
 def runs(request: Any, compiled: Any, checkpoint: Any) -> Iterator[Runs]:
     """The cases' libraries, with an empty KV cache."""
     arch, overrides, quant, sizes = CASES[request.param]
-    llm = compiled(checkpoint(arch, **overrides), quant, **sizes)
+    llm = compiled(checkpoint(arch, **overrides), quant, low=request.param in LOW, **sizes)
     llm.model.cache.clear()
     yield Runs(llm)
     llm.model.cache.clear()
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Any, hugging_face: Any, on_our_weights: Any, logits_of: Any) -> Any:
+    """expected(name of a case, ids, artifact; None: the checkpoint's weights): [n, V]."""
+
+    def logits(case: str, ids: list[int], artifact: Any) -> Any:
+        arch, overrides, quant, _ = CASES[case]
+        folder = checkpoint(arch, **overrides)
+        model = on_our_weights(artifact, folder, quant) if artifact else hugging_face(folder)
+        if arch == "mistral":
+            return reference(model.state_dict(), ids, 24, 0)
+        return logits_of(model, ids)
+
+    return logits
 
 
 @pytest.fixture
@@ -158,3 +180,51 @@ def test_popped_tokens_are_forgotten(
     runs.verify(seq, ids[:10] + some_ids(8, seed=11))
     runs.model.pop(seq, 8)
     same(runs.verify(seq, ids[10:20]), whole[10:20])
+
+
+def long(runs: Runs) -> int:
+    """Tokens: all that the model takes; 1,024 where it takes any number."""
+    return runs.model.limits.max_length or 1024
+
+
+@pytest.mark.parametrize("runs", CASES, indirect=True)
+def test_long_contexts(
+    request: Any, runs: Runs, some_ids: Any, expected: Any, tolerance: float
+) -> None:
+    """All tokens in chunks, and the last 32 of them one by one; windows slide over 42 times."""
+    case, ids = request.node.callspec.params["runs"], some_ids(long(runs))
+    theirs = expected(case, ids, None if case == "llama" else runs.llm.artifact.folder)
+    np.testing.assert_allclose(runs.llm.logits(ids), theirs, rtol=0, atol=tolerance)
+    seq, size = runs.new(), runs.model.limits.prefill_chunk_size
+    for at in range(0, len(ids) - 32, size):
+        runs.prefill([seq], [ids[at : min(at + size, len(ids) - 32)]])
+    decoded = [runs.decode([seq], [token])[0] for token in ids[-32:]]
+    np.testing.assert_allclose(decoded, theirs[-32:], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("runs", LOW, indirect=True)
+def test_long_contexts_in_low_precision(
+    request: Any, runs: Runs, some_ids: Any, expected: Any
+) -> None:
+    """In chunks and token by token, what it costs stays below a tenth of what 4 bits cost."""
+    from qcc.runtime import LLM
+
+    def rows(logits: Any) -> Any:
+        x = logits.astype(np.float64)
+        return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+    def divergence(p: Any, q: Any) -> Any:
+        """Of the first and of the second half, where whatever adds up shows."""
+        return (np.exp(p) * (p - q)).sum(1).reshape(2, -1).mean(1)
+
+    ids = some_ids(long(runs))
+    high = rows(runs.llm.logits(ids))
+    cost = divergence(rows(expected(request.node.callspec.params["runs"], ids, None)), high)
+    llm = LLM(runs.llm.artifact.folder, precision="low")
+    low = Runs(llm)
+    seq = low.new()
+    decoded = np.concatenate([low.decode([seq], [token]) for token in ids])
+    low.model.remove_sequence(seq)
+    for logits in (llm.logits(ids), decoded):
+        found = divergence(high, rows(logits))
+        assert (found > 1e-6).all() and (found < 0.1 * cost).all(), (found, cost)
