@@ -130,9 +130,11 @@ class Artifact:
         found = self.libraries(target)
         if not found:
             names = ", ".join(self.manifest.libraries) or "none"
+            kind, _, processor = target.partition("-")
+            flags = f"--target {kind}" + (f" --mcpu {processor}" if processor else "")
             raise QccError(
                 f"{self.folder}: no library for {target!r}; it has: {names}; add one with "
-                f"qcc compile --target {target} -o {self.folder}"
+                f"qcc compile {flags} -o {self.folder}"
             )
         lacks = {name: missing(self.manifest.libraries[name].requires) for name in found}
         fit = [name for name in found if not lacks[name]]

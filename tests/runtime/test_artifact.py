@@ -131,6 +131,8 @@ def test_libraries(folder: Path) -> None:
     assert artifact.library("webgpu") == folder / "lib" / "webgpu.so"
     with pytest.raises(QccError, match="no library for 'cuda'; it has: cpu-sapphirerapids, webgpu"):
         artifact.library("cuda")
+    with pytest.raises(QccError, match=r"'cpu-znver4'; .* --target cpu --mcpu znver4 -o "):
+        artifact.library("cpu-znver4")
 
 
 def test_the_library_that_fits_this_machine_is_chosen(folder: Path, monkeypatch: Any) -> None:

@@ -117,7 +117,7 @@ def shape_of(fmt: WeightFormat) -> tuple[int, int]:
 def shapes(processor: str, fmt: WeightFormat) -> list[tuple[int, int]]:
     """Of some formats rows shorter than a step as well."""
     return (
-        [shape_of(fmt), SMALL] if processor == "vnni" and fmt in FORMATS[::6] else [shape_of(fmt)]
+        [shape_of(fmt), SMALL] if processor == "vnni" and fmt in FORMATS[::12] else [shape_of(fmt)]
     )
 
 
@@ -192,7 +192,7 @@ GEMMS = [fmt for fmt in FORMATS if (fmt.bits, fmt.group, fmt.grid) not in ELSEWH
 CASES += [("vnni", fmt) for fmt in FORMATS]
 # Tiles, no dot product, and under emulation: each way to decode and to multiply.
 CASES += [("amx", fmt) for fmt in (FLOATS[2], asymmetric(2, 16, scale_bits=4), q(8, 24))]
-CASES += [("sse", fmt) for fmt in FORMATS[2::11]] + [("neon", fmt) for fmt in (FLOATS[2], q(4, 32))]
+CASES += [("sse", fmt) for fmt in FORMATS[2::14]] + [("neon", fmt) for fmt in (FLOATS[2], q(4, 32))]
 CASES += [("neon_dot", q(8, 32)), ("neon_dot", asymmetric(2, 16, scale_bits=4))]
 CASES += [("neon_dot", mxfp4("float16")), ("neon_i8mm", q(4, 32)), ("neon_i8mm", asymmetric(3, 32))]
 IDS = [f"{processor}-{names(fmt, 0, 0)[:-4]}" for processor, fmt in CASES]
