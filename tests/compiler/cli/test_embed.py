@@ -46,6 +46,23 @@ def test_table(cli: Any, folder: Path) -> None:
     assert np.abs(vectors @ vectors.T - cosines).max() < 6e-4
 
 
+def test_precisions(cli: Any, folder: Path, source: Path, tmp_path: Path) -> None:
+    """Low precision, of few rows and of many, is off by less than weights of 8 bits are."""
+    from qcc.runtime import Embedder
+
+    texts = [TEXTS[1], TEXTS[2]]
+    expected = reference_vectors(source, Embedder(folder).tokenize(texts), "mean", True)
+    for text, theirs in zip(texts, expected.astype(np.float64), strict=True):
+        vectors = []
+        for precision in ("high", "low"):
+            file = tmp_path / f"{precision}.npy"
+            assert cli("embed", folder, "--precision", precision, "--npy", file, text).status == 0
+            vectors.append(np.load(file)[0].astype(np.float64))
+        high, low = vectors
+        assert 0 < np.abs(high - low).max()
+        assert 1 - high @ low < 1 - high @ theirs, text
+
+
 def test_one_text(cli: Any, folder: Path) -> None:
     head, line = cli("embed", folder, "a cat").out.splitlines()
     assert head == "1 vector of 60 numbers"
