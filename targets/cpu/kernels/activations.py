@@ -22,6 +22,7 @@ from qcc.quant_schemes.attributes import QUANTIZE_ACTIVATION, ROLE
 from qcc.quant_schemes.format import UNIT, WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels.amx import COLUMNS, ROWS, WORDS
 from qcc.targets.cpu.kernels.row_sources import RowSource, Stored
 from qcc.targets.cpu.kernels.steps import steps_of
 from qcc.targets.cpu.kernels.tir import (
@@ -37,8 +38,6 @@ from qcc.targets.cpu.kernels.tir import (
 GROUP = UNIT  # columns under one scale
 TOP = 127
 FEW_ROWS = 4  # so few rows are not worth a parallel region
-ROWS, COLUMNS = 16, 32  # of a tile
-WORDS = ROWS * COLUMNS // 2  # 32-bit words of a tile
 TILES_FROM = 13  # rows of x for which expanding weights to tiles pays
 HIGH, LOW, TILES = (
     0,

@@ -14,6 +14,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from qcc.targets.cpu.kernels import amx
 from qcc.targets.cpu.kernels import attention_tiles as tiles
 from qcc.targets.cpu.kernels import attention_vector as vx
 from qcc.targets.cpu.kernels.attention import (
@@ -147,7 +148,7 @@ class _Prefill:
         if self.amx:
             self.blocks = tiles.TileBlocks(tile, self.rule, self.mask)
             with self._tiles_used():
-                self.blocks.configure()
+                amx.configure()
         if self.sliding:
             self.row = T.alloc_buffer((dim,), "float32")
             self.rotation.prepare()
@@ -162,7 +163,7 @@ class _Prefill:
         self._phases()
         if self.amx:
             with self._tiles_used():
-                self.blocks.release()
+                amx.call(amx.RELEASE)  # threads that hold tiles are slower to switch
         self._finish()
 
     def _tiles_used(self) -> Any:

@@ -2,7 +2,6 @@
 
 Q K and P V go through tiles of 16 rows by 32 numbers times 32 by 16, their sums being f32; scores,
 maxima and masses stay f32. Of the second factor a tile holds 16 pairs of rows, interleaved.
-Instructions: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
 """
 
 from __future__ import annotations
@@ -13,16 +12,16 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from qcc.targets.cpu.kernels import amx
 from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels.amx import COLUMNS as DEPTH
+from qcc.targets.cpu.kernels.amx import ROWS
 from qcc.targets.cpu.kernels.attention import MASKED, ScoreRule, Tile, when
 from qcc.targets.cpu.kernels.attention_mask import RowMask
 
 ON = 2.0  # the cache's rope_scale where tiles may be used, which the kernels have no use for else
-ROWS = 16  # of a tile, and numbers of a row of sums
-DEPTH = 32  # numbers that a tile's row holds
 BLOCK = 2 * ROWS  # rows of a block
 KEYS = 256  # staged at once: the work on a row beside its products is for so many keys
-_A, _B = (4, 5), (6, 7)  # tile registers; sums are in 0 to 3
 _CURRENT = 4  # rounding as the processor is set
 
 
@@ -43,22 +42,6 @@ class TileBlocks:
         self.v = T.alloc_buffer((keys * tile.dim // 2,), "uint32")
         self.scores = T.alloc_buffer((BLOCK * keys,), "float32")
         self.weights = T.alloc_buffer((BLOCK * keys,), "uint16")
-
-    def configure(self) -> None:
-        """Make every tile register 16 rows of 64 bytes."""
-        config = T.alloc_buffer((64,), "uint8")
-        for byte in range(64):
-            value = 1 if byte == 0 else 0  # the palette
-            if 16 <= byte < 32 and byte % 2 == 0:
-                value = 64  # bytes of a row
-            elif 48 <= byte < 56:
-                value = ROWS
-            T.buffer_store(config, T.uint8(value), [byte])
-        T.evaluate(T.call_llvm_intrin("void", "llvm.x86.ldtilecfg", T.address_of(config[0])))
-
-    def release(self) -> None:
-        """Give the tile registers up: threads that hold them are slower to switch."""
-        _call("llvm.x86.tilerelease")
 
     def load_queries(self, rows: Any, source: Any) -> None:
         """The task's queries, f32 [rows, d], as bf16 [rows, depth]."""
@@ -82,7 +65,7 @@ class TileBlocks:
                 a = vx.load(k, (p * dim + 2 * i) * ROWS, ROWS)
                 b = vx.load(k, (p * dim + 2 * i + 1) * ROWS, ROWS)
                 at = (p * (self.depth // 2) + i) * ROWS
-                T.buffer_store(self.k, _pair(a, b), [vx.index(at, ROWS)])
+                T.buffer_store(self.k, amx.pair(a, b), [vx.index(at, ROWS)])
             with T.serial(dim // 2, self.depth // 2) as i:
                 at = vx.index((p * (self.depth // 2) + i) * ROWS, ROWS)
                 T.buffer_store(self.k, T.broadcast(T.uint32(0), ROWS), [at])
@@ -95,7 +78,7 @@ class TileBlocks:
 
         with T.serial(0, (panels + 1) // 2 * ROWS) as j:
             with T.serial(0, dim // ROWS) as i:
-                word = _pair(row(2 * j, i), row(2 * j + 1, i))
+                word = amx.pair(row(2 * j, i), row(2 * j + 1, i))
                 T.buffer_store(self.v, word, [vx.index((i * pairs + j) * ROWS, ROWS)])
 
     def block(self, state: dict[str, Any], row: Any, first: Any, low: Any, high: Any) -> None:
@@ -118,20 +101,20 @@ class TileBlocks:
         """scores[32, 32 keys] = Q K."""
         corners = [(r, v) for r in range(2) for v in range(2)]
         for r, v in corners:
-            _call("llvm.x86.tilezero", r * 2 + v)
+            amx.call(amx.ZERO, r * 2 + v)
         half = self.depth // 2
         with T.serial(0, self.depth // DEPTH) as s:
             for r in range(2):
                 where = self.queries[(row + r * ROWS) * self.depth + s * DEPTH]
-                _move("llvm.x86.tileloadd64", _A[r], where, 2 * self.depth)
+                amx.move(amx.LOAD, amx.A[r], where, 2 * self.depth)
             for v in range(2):
                 where = self.k[((step * 2 + v) * half + s * ROWS) * ROWS]
-                _move("llvm.x86.tileloadd64", _B[v], where, 64)
+                amx.move(amx.LOAD, amx.B[v], where, 64)
             for r, v in corners:
-                _call("llvm.x86.tdpbf16ps", r * 2 + v, _A[r], _B[v])
+                amx.call(amx.PRODUCT, r * 2 + v, amx.A[r], amx.B[v])
         for r, v in corners:
             where = self.scores[r * ROWS * self.tile.keys + step * DEPTH + v * ROWS]
-            _move("llvm.x86.tilestored64", r * 2 + v, where, 4 * self.tile.keys)
+            amx.move(amx.STORE, r * 2 + v, where, 4 * self.tile.keys)
 
     def _softmax(
         self, row: Any, r: Any, first: Any, begin: Any, end: Any, state: dict[str, Any]
@@ -175,19 +158,19 @@ class TileBlocks:
         def each(name: str) -> None:
             for r, v in corners:
                 where = sums[(row + r * ROWS) * self.dim + (block + v) * ROWS]
-                _move(name, r * 2 + v, where, 4 * self.dim)
+                amx.move(name, r * 2 + v, where, 4 * self.dim)
 
-        each("llvm.x86.tileloadd64")
+        each(amx.LOAD)
         with T.serial(begin, end) as step:
             for r in range(2):
                 where = self.weights[r * ROWS * keys + step * DEPTH]
-                _move("llvm.x86.tileloadd64", _A[r], where, 2 * keys)
+                amx.move(amx.LOAD, amx.A[r], where, 2 * keys)
             for v in range(count):
                 where = self.v[((block + v) * (keys // 2) + step * ROWS) * ROWS]
-                _move("llvm.x86.tileloadd64", _B[v], where, 64)
+                amx.move(amx.LOAD, amx.B[v], where, 64)
             for r, v in corners:
-                _call("llvm.x86.tdpbf16ps", r * 2 + v, _A[r], _B[v])
-        each("llvm.x86.tilestored64")
+                amx.call(amx.PRODUCT, r * 2 + v, amx.A[r], amx.B[v])
+        each(amx.STORE)
 
 
 # 2^f on [-1/2, 1/2], relative error 1e-4: weights are rounded to bf16 next.
@@ -215,29 +198,6 @@ def _exp2(x: Any) -> Any:
     )
 
 
-def _rounded(value: Any) -> Any:
-    """f32 bits whose upper half is the nearest bf16, ties up."""
-    half = T.broadcast(T.uint32(0x8000), ROWS)
-    return T.reinterpret("uint32x16", value) + half
-
-
 def _halves(value: Any) -> Any:
     """uint16 bits of 16 bf16."""
-    return vx.cast(_rounded(value) >> T.broadcast(T.uint32(16), ROWS), "uint16", ROWS)
-
-
-def _pair(low: Any, high: Any) -> Any:
-    """uint32 words of two bf16, `low` in the low halves."""
-    bottom = _rounded(low) >> T.broadcast(T.uint32(16), ROWS)
-    return bottom | (_rounded(high) & T.broadcast(T.uint32(0xFFFF0000), ROWS))
-
-
-def _call(name: str, *registers: int) -> None:
-    """An instruction on tile registers."""
-    T.evaluate(T.call_llvm_intrin("void", name, *(T.int8(number) for number in registers)))
-
-
-def _move(name: str, register: int, where: Any, stride: int) -> None:
-    """Load or store a tile whose first number is `where`; `stride` bytes between its rows."""
-    address = T.address_of(where)
-    T.evaluate(T.call_llvm_intrin("void", name, T.int8(register), address, T.int64(stride)))
+    return vx.cast(amx.rounded(value) >> T.broadcast(T.uint32(16), ROWS), "uint16", ROWS)

@@ -15,8 +15,9 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from qcc.quant_schemes.format import WeightFormat
-from qcc.targets.cpu.isa import Isa, vector
-from qcc.targets.cpu.kernels.activations import COLUMNS, ROWS, WORDS
+from qcc.targets.cpu.isa import Isa
+from qcc.targets.cpu.kernels import amx
+from qcc.targets.cpu.kernels.amx import COLUMNS, ROWS, WORDS
 from qcc.targets.cpu.kernels.gemv import store_lanes
 from qcc.targets.cpu.kernels.layout import row_blocks
 from qcc.targets.cpu.kernels.row_sources import Gated
@@ -27,7 +28,6 @@ CHUNK = 256  # most columns of a chunk: with two blocks 16 KiB, a third of the f
 PANEL = 16  # most blocks of a panel
 SLAB = 32  # tiles of rows of x whose sums are held at once: a panel of them is 512 KiB
 IMBALANCE = 1.05  # of the work of two threads, that a wide panel may cost
-A, B = (4, 5), (6, 7)  # tile registers; sums are in 0 to 3
 
 
 def panel_blocks(blocks: int) -> int:
@@ -83,7 +83,7 @@ def _for_panels(pairs: int, panel: int, m: Any, make: Callable[[], _Panel]) -> N
         with serial(tirx.floordiv(row_tiles + SLAB - 1, SLAB)) as slab:
             start = T.bind(slab * SLAB)
             work.slab(first, count, start, T.bind(T.min(i64(SLAB), row_tiles - start)))
-        _call("llvm.x86.tilerelease")
+        amx.call(amx.RELEASE)
 
 
 class _Panel:
@@ -109,19 +109,7 @@ class _Panel:
         self.weights = T.alloc_buffer(shape, "uint32", scope="global", layout=None)
         shape = extents((SLAB, panel, ROWS * ROWS))
         self.sums = T.alloc_buffer(shape, "float32", scope="global", layout=None)
-        self._configure()
-
-    def _configure(self) -> None:
-        """Load a configuration in which every tile register is 16 rows of 64 bytes."""
-        config = T.alloc_buffer((64,), "uint8", scope="local", layout=None)
-        for byte in range(64):
-            value = 1 if byte == 0 else 0  # the palette
-            if 16 <= byte < 32 and byte % 2 == 0:
-                value = 64  # bytes of a row
-            elif 48 <= byte < 56:
-                value = ROWS
-            T.buffer_store(config, T.uint8(value), [byte])
-        T.evaluate(T.call_llvm_intrin("void", "llvm.x86.ldtilecfg", T.address_of(config[0])))
+        amx.configure()
 
     def slab(self, first: Any, count: Any, start: Any, row_tiles: Any) -> None:
         """Multiply pairs first, ... with row tiles start, ...; the last chunk sets `out`."""
@@ -156,7 +144,7 @@ class _Panel:
                     self._set(start + row_tile, first + pair, row_tile, block, corners)
                     return
                 for r, v in corners:
-                    self._sum("llvm.x86.tilestored64", row_tile, block, r, v)
+                    self._sum(amx.STORE, row_tile, block, r, v)
 
             with serial(tirx.floordiv(row_tiles, 2)) as rows:
                 multiply(2, rows * 2)
@@ -175,21 +163,21 @@ class _Panel:
         with T.If(index > 0):
             with T.Then():
                 for r, v in corners:
-                    self._sum("llvm.x86.tileloadd64", row_tile, block, r, v)
+                    self._sum(amx.LOAD, row_tile, block, r, v)
             with T.Else():
                 for r, v in corners:
-                    _call("llvm.x86.tilezero", r * 2 + v)
+                    amx.call(amx.ZERO, r * 2 + v)
         first = index * (self.columns // COLUMNS)
         with serial(-(-columns // COLUMNS)) as s:
             for r in range(size):
-                _move("llvm.x86.tileloadd64", A[r], self.tiles[start + row_tile + r, first + s, 0])
+                amx.move(amx.LOAD, amx.A[r], self.tiles[start + row_tile + r, first + s, 0])
             for v in range(2):
-                _move("llvm.x86.tileloadd64", B[v], self.weights[v, s, 0])
+                amx.move(amx.LOAD, amx.B[v], self.weights[v, s, 0])
             for r, v in corners:
-                _call("llvm.x86.tdpbf16ps", r * 2 + v, A[r], B[v])
+                amx.call(amx.PRODUCT, r * 2 + v, amx.A[r], amx.B[v])
 
     def _sum(self, name: str, row_tile: Any, block: Any, r: int, v: int) -> None:
-        _move(name, r * 2 + v, self.sums[row_tile + r, block + v, 0])
+        amx.move(name, r * 2 + v, self.sums[row_tile + r, block + v, 0])
 
     def _set(self, out_tile: Any, pair: Any, row_tile: Any, block: Any, corners: list[Any]) -> None:
         """Store tiles of sums where they belong in `out`, as far as there are rows and columns."""
@@ -200,10 +188,10 @@ class _Panel:
             with T.Then():
                 for r, v in corners:
                     where = self.out[(out_tile + r) * ROWS, (out_block + v) * ROWS]
-                    _move("llvm.x86.tilestored64", r * 2 + v, where, 4 * self.n)
+                    amx.move(amx.STORE, r * 2 + v, where, 4 * self.n)
             with T.Else():
                 for r, v in corners:
-                    self._sum("llvm.x86.tilestored64", row_tile, block, r, v)
+                    self._sum(amx.STORE, row_tile, block, r, v)
                 with serial(rows + 1) as r, serial(2) as v, serial(ROWS) as row:
                     target = T.bind((out_tile + r) * ROWS + row)
                     column = T.bind((out_block + v) * ROWS)
@@ -219,7 +207,7 @@ class _Panel:
         def one_step(s: Any, count: int) -> None:
             values = self._values(block, index * (self.columns // step) + s, count)
             for pair in range(-(-count // 2)):
-                word = self._pair(values(2 * pair), values(2 * pair + 1))
+                word = amx.pair(values(2 * pair), values(2 * pair + 1))
                 column = s * step + 2 * pair
                 tile = tirx.floordiv(column, COLUMNS)
                 at = tirx.floormod(column, COLUMNS) * (ROWS // 2)
@@ -253,13 +241,6 @@ class _Panel:
 
         return value
 
-    def _pair(self, low: Any, high: Any) -> Any:
-        """uint32 vector of two f32 vectors rounded to bf16 (ties up), `low` in the low halves."""
-        wide = vector(self.isa, "uint32")
-        half = splat(T.uint32(0x8000), ROWS)
-        bottom = (T.reinterpret(wide, low) + half) >> splat(T.uint32(16), ROWS)
-        return bottom | ((T.reinterpret(wide, high) + half) & splat(T.uint32(0xFFFF0000), ROWS))
-
 
 class _Gated(_Panel):
     """Pairs of a block of gates and the block of what they gate; results are tiles."""
@@ -286,7 +267,7 @@ class _Gated(_Panel):
     def _set(self, out_tile: Any, pair: Any, row_tile: Any, block: Any, corners: list[Any]) -> None:
         """Gate two tiles of sums; the result is half a tile. Rows past the last one do no harm."""
         for r, v in corners:
-            self._sum("llvm.x86.tilestored64", row_tile, block, r, v)
+            self._sum(amx.STORE, row_tile, block, r, v)
         rows, _ = corners[-1]
         half = ROWS // 2
         with serial(rows + 1) as r, serial(ROWS) as row:
@@ -298,14 +279,3 @@ class _Gated(_Panel):
             column = T.bind(row * ROWS + tirx.floormod(pair, 2) * half)
             where = [out_tile + r, tirx.floordiv(pair, 2), lanes_from(column, half)]
             T.buffer_store(self.out, words, where)
-
-
-def _call(name: str, *registers: int) -> None:
-    """An instruction on tile registers."""
-    T.evaluate(T.call_llvm_intrin("void", name, *(T.int8(number) for number in registers)))
-
-
-def _move(name: str, register: int, where: Any, stride: int = 64) -> None:
-    """Load or store a tile whose first number is `where`; `stride` bytes between its rows."""
-    address = T.address_of(where)
-    T.evaluate(T.call_llvm_intrin("void", name, T.int8(register), address, T.int64(stride)))

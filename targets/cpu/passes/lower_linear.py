@@ -27,7 +27,8 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels import layout
-from qcc.targets.cpu.kernels.activations import COLUMNS, Activations, prepare
+from qcc.targets.cpu.kernels.activations import Activations, prepare
+from qcc.targets.cpu.kernels.amx import COLUMNS
 from qcc.targets.cpu.kernels.experts import expert_order, experts_gemm, experts_gemv
 from qcc.targets.cpu.kernels.linear import gated_gemm, gemm, gemv
 from qcc.targets.cpu.kernels.row_sources import Gated, RowSource
