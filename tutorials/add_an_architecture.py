@@ -170,7 +170,7 @@ def checked(wren: Architecture, out: Path) -> float:
     artifact = compile_model(
         str(checkpoint), out / "artifact", CompileOptions(quant="q0f32"), Steps()
     )
-    llm = LLM(artifact)
+    llm = LLM(artifact, precision="high")  # float32 all through, the KV cache as well
     expected = reference(checkpoint, PROMPT)
     most = float(np.abs(llm.logits(PROMPT) - expected).max())
     verdict = "the same" if most < TOLERANCE else "NOT THE SAME"

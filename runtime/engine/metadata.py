@@ -71,7 +71,6 @@ class Metadata:
     hidden_size: int
     page_size: int
     compute_dtype: str
-    precision: str  # both, or high: the kernels compute in float32 only
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -85,6 +84,7 @@ class Metadata:
     kv_storages: tuple[KVStorage, ...] = ()
     kv: str = ""
     extents: tuple[str, ...] = ()  # of tensors behind the slots in the packed tuple
+    precision: str = "both"  # or high: the kernels compute in float32 only
 
     @classmethod
     def parse(cls, text: str, where: str) -> Metadata:

@@ -33,8 +33,9 @@ def test_what_is_kept_tells_in_the_logits(llm: Any, some_ids: Any) -> None:
     assert errors["f32"] == 0 < errors["f16"] < 0.05 < errors["int8"] < 1
 
 
-def test_the_default_goes_with_the_precision(llm: Any) -> None:
-    assert (default_kv(None), default_kv("low"), default_kv("high")) == ("f16", "f16", "f32")
+def test_the_default_goes_with_the_precision(compiled: Any, checkpoint: Any) -> None:
+    assert (default_kv("low"), default_kv("high")) == ("f16", "f32")
+    llm = compiled(checkpoint("llama"), "q4f16_1", low=True)
     assert llm.model.library.metadata.kv == "f32"  # its precision is high
     low = LLM(llm.artifact.folder).model.library.metadata.kv
     assert low.removesuffix("_tiles") == "f16"
