@@ -39,7 +39,7 @@ def test_a_mistake_is_told(
     np = pytest.importorskip("numpy")
 
     class Wrong:
-        def __init__(self, folder: Path) -> None:
+        def __init__(self, folder: Path, precision: str) -> None:
             self.token_ids = [1] * tutorial.TOKENS
 
         def logits(self, ids: list[int]) -> object:
