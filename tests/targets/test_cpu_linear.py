@@ -115,10 +115,9 @@ def shape_of(fmt: WeightFormat) -> tuple[int, int]:
 
 
 def shapes(processor: str, fmt: WeightFormat) -> list[tuple[int, int]]:
-    """Of some formats rows shorter than a step as well."""
-    return (
-        [shape_of(fmt), SMALL] if processor == "vnni" and fmt in FORMATS[::12] else [shape_of(fmt)]
-    )
+    """Of some formats one panel and rows shorter than a step as well."""
+    some = {"vnni": FORMATS[::12], "amx": FLOATS}.get(processor, [])
+    return [shape_of(fmt), SMALL] if fmt in some else [shape_of(fmt)]
 
 
 def built(processor: str, functions: dict[str, Any], name: str) -> Any:
