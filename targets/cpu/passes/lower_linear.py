@@ -5,7 +5,9 @@ After:   p0 = call_tir(repack, (q,)); p1 = call_tir(repack, (s,))     # HoistRep
          mode = call_tir(setting, ())                                 # and this
          codes, scales, sums = call_tir(prepare, (reshape(x), mode))  # once for the same x
          y = call_tir(gemv or gemm, (reshape(x), codes, scales, sums, mode, p0, p1)), reshaped back
-A float weight's kernels take neither codes nor mode.
+A float weight's kernels take neither codes nor mode, unless many rows become tiles. What x is where
+only linear layers take it, a norm or a gated activation, `prepare` computes itself; behind a GEMM
+that makes gate and up, both are one: call_tir(gated_gemm, ...).
 
 Layers of experts, one token:    y = call_tir(experts_gemv, (x, codes, ..., mode, p0, p1, ids))
 more tokens:                     starts, order = call_tir(expert_order, (ids,))   # once for all
@@ -206,6 +208,9 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         call: Any = self.bindings.get(both)
         match = match_linear(self.mod, self.bindings, call) if call is not None else None
         if match is None or gated.k % COLUMNS or not self._is_only_gated(both):
+            return None
+        own = Activations.of(match.format, match.k, False, self.isa)
+        if own is None or not own.tiles:
             return None
         args = [*self._activations(match, call.args[0], rows), *self._repacked(match)]
         func = gated_gemm(match.format, match.k, gated, kind, self.isa)

@@ -16,7 +16,7 @@ from tvm.script import relax as R
 from qcc.compiler.passes.quantize_weights import QuantizeWeights
 from qcc.compiler.weights.spec import WeightSpec
 from qcc.quant_schemes.format import WeightFormat
-from qcc.targets.cpu.isa import AVX2
+from qcc.targets.cpu.isa import AVX2, AVX512_AMX
 from qcc.targets.cpu.passes.lower_linear import LowerLinear
 
 Q4, F16, F32 = (
@@ -209,3 +209,48 @@ def test_lowered_functions_compute_the_same() -> None:
     ids = np.array([3, 0, 23], "int32")
     rows = vm["embed"](tvm.runtime.tensor(ids), params).numpy()
     np.testing.assert_array_equal(rows, weights[0][ids] + weights[3][ids])
+
+
+@I.ir_module(s_tir=True)
+class Gate:
+    """Weight 0 makes gate and up, weight 1 takes what they gate."""
+
+    @R.function
+    def prefill(
+        x: R.Tensor((1, "n", 64), "float32"),
+        p: R.Tuple(R.Tensor((128, 64), "float32"), R.Tensor((64, 64), "float32")),
+    ):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            gate_up = p[0]
+            down = p[1]
+            both = R.matmul(x, R.permute_dims(gate_up))
+            halves = R.split(both, 2, axis=-1)
+            gate = halves[0]
+            up = halves[1]
+            h = R.multiply(R.nn.silu(gate), up)
+            y = R.matmul(h, R.permute_dims(down))
+            R.output(y)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("fmt", "down", "kernels"),
+    [
+        (Q4, Q4, {"gated_gemm": 1, "gemm": 1, "repack": 4, **PREPARED}),
+        (F32, Q4, {"gemm": 2, "repack": 3, **PREPARED}),  # float32 never becomes tiles
+        (Q4, F32, {"gemm": 2, "repack": 3, **PREPARED, ROUNDED: 2}),
+    ],
+    ids=["both", "float_gate", "float_down"],
+)
+def test_gate_and_product_are_one(
+    fmt: WeightFormat, down: WeightFormat, kernels: dict[str, int]
+) -> None:
+    """Where both weights multiply tiles; elsewhere the gated rows are computed as they round."""
+    specs = [
+        WeightSpec("gate_up.weight", (128, 64), fmt, ()),
+        WeightSpec("down.weight", (64, 64), down, ()),
+    ]
+    module = LowerLinear(AVX512_AMX)(QuantizeWeights(specs, "float32")(Gate))
+    rx.analysis.well_formed(module)
+    assert calls(module, "prefill") == kernels
