@@ -60,13 +60,18 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentG
         default=None,
         help="how the KV cache keeps keys and values (default: f16, f32 with --precision high)",
     )
+    add_weights_argument(running)
+    return running
+
+
+def add_weights_argument(running: Any) -> None:
+    """The flag of where the weights lie; `running` is a group of a parser."""
     running.add_argument(
         "--weights",
         choices=("ram", "mmap"),
         default="ram",
         help="ram: read into memory, fastest; mmap: pages shared with other processes",
     )
-    return running
 
 
 def add_precision_argument(running: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcc.compiler.cli._running import (
     add_precision_argument,
+    add_weights_argument,
     artifact_folder,
     shown_progress,
     text_lines,
@@ -74,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=None, metavar="N", help="CPU threads (default: the cores)"
     )
     add_precision_argument(running)
+    add_weights_argument(running)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -84,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
         warnings.simplefilter("always", UserWarning)
         from qcc.runtime.engine.embedder import Embedder, similarities
 
-        embedder = Embedder(folder, args.device, args.threads, shown_progress(), args.precision)
+        embedder = Embedder(
+            folder, args.device, args.threads, shown_progress(), args.precision, args.weights
+        )
         vectors = embedder.embed(texts, args.prompt, not args.no_truncate, args.dimensions)
     for warning in caught:
         print(f"qcc: warning: {warning.message}", file=sys.stderr)

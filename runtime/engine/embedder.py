@@ -20,6 +20,7 @@ from qcc.runtime.engine.library import Floats, Library
 from qcc.runtime.engine.memory import available_bytes, check_embedding
 from qcc.runtime.engine.settings import choose_precision, settings
 from qcc.runtime.engine.tokenizer import Tokenizer
+from qcc.runtime.engine.weight_memory import check_weights
 from qcc.runtime.engine.weights import load_slots
 from qcc.runtime.errors import QccError
 from qcc.runtime.manifest import RECOMPILE
@@ -85,6 +86,7 @@ class Embedder:
         threads: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         precision: str | None = None,
+        weights: str | None = None,
     ) -> None:
         """Open the artifact and load its library for `device`.
 
@@ -94,6 +96,7 @@ class Embedder:
             threads: of the CPU; None: $TVM_NUM_THREADS, else the physical cores.
             progress: is told (what, bytes done, bytes in all) of long steps.
             precision: high (float32 activations) or low (int8); None: low.
+            weights: ram (memory of this process) or mmap (shared pages of the files); None: ram.
 
         Raises:
             QccError: a damaged artifact, one of another kind of model, too little memory.
@@ -112,9 +115,9 @@ class Embedder:
         meta = self.library.metadata
         chosen = choose_precision(precision, meta.precision)
         check_embedding(meta, available_bytes())
-        self.library.bind(
-            load_slots(self.artifact, self.library, report("load weights"), settings(chosen))
-        )
+        where, told = check_weights(weights), report("load weights")
+        slots = load_slots(self.artifact, self.library, told, settings(chosen), where)
+        self.library.bind(slots)
         self.tokenizer = Tokenizer(self.artifact.folder, self.artifact.chat_config)
         self.window = meta.context_window_size
         self.dimensions = meta.hidden_size

@@ -73,12 +73,12 @@ def _read(parts: Sequence[Part], progress: Progress | None) -> list[Any]:
         for part, place in zip(parts, places, strict=True)
         for at in range(0, part.type.nbytes, PIECE)
     ]
-    done = 0
+    done, total = 0, sum(size for *_, size in pieces)
     with ThreadPoolExecutor(READERS) as pool:
         for size in pool.map(lambda piece: _read_piece(memory, *piece), pieces):
             done += size
             if progress:
-                progress(done, sum(piece[3] for piece in pieces))
+                progress(done, total)
     return [as_tensor(memory, at, part.type) for part, at in zip(parts, places, strict=True)]
 
 
