@@ -44,7 +44,7 @@ def resolve(options: BuildOptions) -> tuple[Any, str]:
     """(tvm Target, library suffix `cpu-<mcpu>`) for a host or a named processor.
 
     Raises:
-        QccError: a processor or triple that LLVM does not know.
+        QccError: a processor or triple that LLVM does not know, a precision that cannot be.
     """
     import tvm
 
@@ -69,6 +69,8 @@ def resolve(options: BuildOptions) -> tuple[Any, str]:
     description: dict[str, Any] = {"kind": "llvm", "mcpu": mcpu}
     if options.triple or machine != platform.machine():
         description["mtriple"] = triple
+    if options.precision not in ("both", "high"):
+        raise QccError(f"--precision {options.precision}: a library has both, or high alone")
     if options.precision == "high":
         description["keys"] = ["cpu", HIGH_ONLY]
     if native:

@@ -16,7 +16,7 @@ from qcc.targets.cpu.kernels.attention_mask import Mask
 from qcc.targets.cpu.kernels.attention_prefill import prefill_kernel
 from qcc.targets.cpu.kernels.attention_state import merge_state
 from qcc.targets.cpu.kernels.attention_storage import storages
-from qcc.targets.cpu.kernels.attention_vector import Registers
+from qcc.targets.cpu.kernels.vectors import Registers
 from qcc.targets.spec import TILES, KVCacheConfig, KVKernels, KVStorage
 
 HEAD_DIM_STEP = 4  # the narrowest vector

@@ -9,8 +9,16 @@ import pytest
 
 from qcc.compiler import CompileOptions, compile_model
 from qcc.runtime import LLM
-from qcc.runtime.engine.settings import FLOAT, choose_precision, default_kv, settings
+from qcc.runtime.engine.settings import (
+    FLOAT,
+    INT8,
+    INT8_AND_TILES,
+    choose_precision,
+    default_kv,
+    settings,
+)
 from qcc.runtime.errors import QccError
+from qcc.targets.cpu.kernels.activations import HIGH, LOW, TILES
 from qcc.targets.spec import BuildOptions
 
 
@@ -25,6 +33,8 @@ def test_low_is_the_default_where_there_is_a_choice() -> None:
 
 
 def test_settings_are_what_kernels_read() -> None:
+    """The runtime imports no target, so these numbers stand in both."""
+    assert (FLOAT, INT8, INT8_AND_TILES) == (HIGH, LOW, TILES)
     assert settings("high")["precision"].tolist() == [FLOAT]
     assert settings("low")["precision"][0] > FLOAT
 

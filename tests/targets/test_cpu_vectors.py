@@ -1,4 +1,4 @@
-"""exp2, log2, tanh, cos and sin of the CPU's kernels, and the rope table, against numpy float64."""
+"""The CPU kernels' exp, exp2, log2, tanh, cos, sin and rope table against numpy float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import tvm
 from tvm.tirx.script import builder as T
 
-from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.attention_func import kernel, tensor
 from qcc.targets.cpu.kernels.rope import rope_table
 from qcc.targets.spec import KVCacheConfig
@@ -22,6 +22,7 @@ HOST = {"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu()}
 def vector_function(name: str, dtype: str, lanes: int) -> Any:
     """out[i] = function(x[i]) over an array."""
     emit = {
+        "exp": vx.exp,
         "exp2": vx.exp2,
         "log2": vx.log2,
         "tanh": vx.tanh,
@@ -53,6 +54,17 @@ def test_vector_exp2(lanes: int) -> None:
     assert np.abs(error).max() < 2e-7
     far = np.array([-126.01, -200, -1e30, -3e38] * 4, "float32")
     assert not run_vector("exp2", far, lanes).any()
+
+
+@pytest.mark.parametrize("lanes", [1, 16])
+def test_vector_exp(lanes: int) -> None:
+    """As near where x log2 e is large: the fraction has what the product's rounding lost."""
+    x = np.concatenate([np.linspace(-87.3, 0, 1 << 17), -np.logspace(-30, 0, 1 << 10)])
+    x = x.astype("float32")
+    error = run_vector("exp", x, lanes) / np.exp(x.astype(np.float64)) - 1
+    assert np.abs(error).max() < 1.5e-7
+    far = np.array([-87.5, -200, -1e30, -3e38] * 4, "float32")
+    assert not run_vector("exp", far, lanes).any()
 
 
 def test_vector_log2() -> None:

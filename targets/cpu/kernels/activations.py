@@ -21,7 +21,7 @@ from tvm.tirx.script.builder import ir as T
 from qcc.quant_schemes.attributes import QUANTIZE_ACTIVATION, ROLE
 from qcc.quant_schemes.format import UNIT, WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
-from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.amx import COLUMNS, ROWS, WORDS
 from qcc.targets.cpu.kernels.row_sources import RowSource, Stored
 from qcc.targets.cpu.kernels.steps import steps_of
@@ -39,11 +39,9 @@ GROUP = UNIT  # columns under one scale
 TOP = 127
 FEW_ROWS = 4  # so few rows are not worth a parallel region
 TILES_FROM = 13  # rows of x for which expanding weights to tiles pays
-HIGH, LOW, TILES = (
-    0,
-    1,
-    2,
-)  # values of `mode`: float activations, int8, and bf16 tiles for many rows
+# Values of `mode`: float activations; int8; int8, and bf16 tiles for many rows.
+HIGH, LOW, TILES = 0, 1, 2
+Prepared = tuple[list[Any], Any | None, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,23 @@ class Activations:
             row_tiles = tirx.floordiv(rows + ROWS - 1, ROWS)
             found.append(("tiles", (row_tiles, self.groups, WORDS), "uint32"))
         return found
+
+
+def arguments(kind: Activations | None, k: int, rows: Any) -> list[tuple[str, Any, str]]:
+    """(name, shape, dtype) of what a kernel takes before the parts of a weight.
+
+    x f32[rows, k]; where x is prepared, what `prepare` makes of it and mode int32[1].
+    """
+    found: list[tuple[str, Any, str]] = [("x", (rows, k), "float32")]
+    return found if kind is None else [*found, *kind.parts(rows), ("mode", (1,), "int32")]
+
+
+def split(kind: Activations | None, given: Sequence[Any]) -> Prepared:
+    """(prepared, mode, parts) of the buffers after x; no mode: x is always taken as it is."""
+    if kind is None:
+        return [], None, list(given)
+    count = len(kind.parts(1))
+    return list(given[:count]), given[count], list(given[count + 1 :])
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.spec import KVCacheConfig
 
 NO_KEY = -1.0e30  # log-sum-exp of a row without keys, and the running maximum before the first key

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tvm.tirx.script import builder as T
 
-from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.attention import EVERYTHING, ScoreRule, Tile, when
 from qcc.targets.cpu.kernels.attention_func import aux_buffer
 from qcc.targets.spec import KVCacheConfig

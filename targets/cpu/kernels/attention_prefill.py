@@ -16,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from qcc.targets.cpu.kernels import amx
 from qcc.targets.cpu.kernels import attention_tiles as tiles
-from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.attention import (
     MASKED,
     NO_KEY,

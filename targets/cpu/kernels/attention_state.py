@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.attention import Tile, emit_carried
 from qcc.targets.cpu.kernels.attention_func import kernel, rows_of, tensor
 from qcc.targets.spec import KVCacheConfig

@@ -16,7 +16,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.spec import PAGE_SIZE, KVCacheConfig, KVStorage
 
 WORD = 4  # bytes

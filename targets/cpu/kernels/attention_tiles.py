@@ -13,7 +13,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from qcc.targets.cpu.kernels import amx
-from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.amx import COLUMNS as DEPTH
 from qcc.targets.cpu.kernels.amx import ROWS
 from qcc.targets.cpu.kernels.attention import MASKED, ScoreRule, Tile, when

@@ -19,7 +19,7 @@ from tvm.tirx.script.builder import ir as T
 
 from qcc.quant_schemes.attributes import CAUSAL_CONV, DELTA_RULE, ROLE, SUM_RULE
 from qcc.targets.cpu.isa import Isa
-from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.tir import fma, i64, kernel, lanes_from, parallel, serial, splat, zeros
 
 # Vectors side by side in a block: of columns of a state, of channels.

@@ -16,7 +16,7 @@ from tvm.tirx.script.builder import ir as T
 from qcc.quant_schemes.attributes import EXPERT_ORDER, LINEAR, ROLE
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa
-from qcc.targets.cpu.kernels.activations import HIGH, Activations
+from qcc.targets.cpu.kernels.activations import HIGH, Activations, arguments, split
 from qcc.targets.cpu.kernels.gemm import Rows, multiply_panel
 from qcc.targets.cpu.kernels.gemv import products, store_lanes, sums_of
 from qcc.targets.cpu.kernels.integer import integer_products
@@ -48,7 +48,7 @@ def experts_gemv(
 
     def body(x: Any, *rest: Any) -> None:
         *given, ids, out = rest
-        prepared, mode, parts = _prepared(fmt, k, isa, given)
+        prepared, mode, parts = split(Activations.of(fmt, k, True, isa), given)
 
         def high() -> None:
             sums = sums_of(fmt, x, i64(0), rows, k)
@@ -67,30 +67,12 @@ def experts_gemv(
         _by_precision(mode, high, low)
 
     args = [
-        *_activations(fmt, k, isa, rows),
+        *arguments(Activations.of(fmt, k, True, isa), k, rows),
         *packed_parts(fmt, n, k, isa, experts),
         ("ids", (pairs,), "int32"),
         ("y", (pairs, n), "float32"),
     ]
     return kernel("experts_gemv", args, body, {ROLE: LINEAR})
-
-
-def _activations(fmt: WeightFormat, k: int, isa: Isa, rows: Any) -> list[Any]:
-    """The arguments before the parts of a weight: x, and its codes where the kernels take them."""
-    kind = Activations.of(fmt, k, True, isa)
-    found: list[Any] = [("x", (rows, k), "float32")]
-    return found if kind is None else [*found, *kind.parts(rows), ("mode", (1,), "int32")]
-
-
-def _prepared(
-    fmt: WeightFormat, k: int, isa: Isa, given: list[Any]
-) -> tuple[list[Any], Any | None, list[Any]]:
-    """(prepared, mode, parts) of the arguments after x; no mode: x is always taken as it is."""
-    kind = Activations.of(fmt, k, True, isa)
-    if kind is None:
-        return [], None, given
-    count = len(kind.parts(1))
-    return given[:count], given[count], given[count + 1 :]
 
 
 def _by_precision(mode: Any | None, high: Callable[[], None], low: Callable[[], None]) -> None:
@@ -151,7 +133,7 @@ def experts_gemm(
 
     def body(x: Any, *rest: Any) -> None:
         *given, starts, order, out = rest
-        prepared, mode, parts = _prepared(fmt, k, isa, given)
+        prepared, mode, parts = split(Activations.of(fmt, k, True, isa), given)
         with parallel(row_blocks(n, isa) // isa.tile_n * experts) as i:
             panel = T.bind(tirx.floordiv(i, experts))
             expert = T.bind(tirx.floormod(i, experts))
@@ -199,7 +181,7 @@ def experts_gemm(
                         store_lanes(isa, out, found.target(number), column, n, value)
 
     args = [
-        *_activations(fmt, k, isa, rows),
+        *arguments(Activations.of(fmt, k, True, isa), k, rows),
         *packed_parts(fmt, n, k, isa, experts),
         ("starts", (experts + 1,), "int32"),
         ("order", (pairs,), "int32"),

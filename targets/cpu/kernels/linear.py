@@ -22,7 +22,9 @@ from qcc.targets.cpu.kernels.activations import (
     TILES,
     TILES_FROM,
     Activations,
+    arguments,
     emit_prepare,
+    split,
 )
 from qcc.targets.cpu.kernels.gemm import Rows, multiply_panel
 from qcc.targets.cpu.kernels.gemv import products, store_lanes, sums_of
@@ -36,10 +38,7 @@ ROW_TILES = (4, 8)  # rows of x that share unpacked codes; the last for any numb
 
 
 def _arguments(fmt: WeightFormat, n: int, k: int, isa: Isa, rows: Any) -> list[Any]:
-    found: list[Any] = [("x", (rows, k), "float32")]
-    kind = Activations.of(fmt, k, rows == 1, isa)
-    if kind is not None:
-        found += [*kind.parts(rows), ("mode", (1,), "int32")]
+    found = arguments(Activations.of(fmt, k, rows == 1, isa), k, rows)
     return [*found, *packed_parts(fmt, n, k, isa), ("y", (rows, n), "float32")]
 
 
@@ -56,15 +55,14 @@ def gemv(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
 
     def body(x: Any, *rest: Any) -> None:
         *given, out = rest
-        if Activations.of(fmt, k, True, isa) is None:
-            high(x, given, out)
+        prepared, mode, parts = split(Activations.of(fmt, k, True, isa), given)
+        if mode is None:
+            high(x, parts, out)
             return
-        codes, scales, sums, mode, *parts = given
         with T.If(mode[0] == HIGH):
             with T.Then():
                 high(x, parts, out)
             with T.Else(), parallel(blocks) as block:
-                prepared = [codes, scales, sums]
                 (value,) = integer_products(isa, fmt, k, parts, block, prepared, [i64(0)])
                 store_lanes(isa, out, i64(0), block * isa.lanes, n, value)
 
@@ -79,7 +77,7 @@ def gemm(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
 
     def body(x: Any, *rest: Any) -> None:
         *given, out = rest
-        prepared, mode, parts = work.split(given)
+        prepared, mode, parts = split(work.kind, given)
         if mode is None:
             work.high(x, parts, out)
             return
@@ -111,7 +109,7 @@ def gated_gemm(
 
     def body(x: Any, *rest: Any) -> None:
         given, (out, y, *made) = rest[: -len(outputs)], rest[-len(outputs) :]
-        prepared, mode, parts = work.split(list(given))
+        prepared, mode, parts = split(work.kind, given)
         assert mode is not None, "tiles need a mode"
 
         def apart() -> None:
@@ -138,13 +136,6 @@ class _Gemm:
     def __init__(self, fmt: WeightFormat, n: int, k: int, isa: Isa, rows: Any) -> None:
         self.fmt, self.n, self.k, self.isa, self.rows = fmt, n, k, isa, rows
         self.kind = Activations.of(fmt, k, False, isa)
-
-    def split(self, given: list[Any]) -> tuple[list[Any], Any | None, list[Any]]:
-        """(prepared, mode, parts) of the arguments after x."""
-        if self.kind is None:
-            return [], None, given
-        count = len(self.kind.parts(1))
-        return given[:count], given[count], given[count + 1 :]
 
     def high(self, x: Any, parts: list[Any], out: Any) -> None:
         """By float32."""

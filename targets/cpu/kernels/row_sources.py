@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from tvm.tirx.script.builder import ir as T
 
 from qcc.targets.cpu.isa import Isa, vector
-from qcc.targets.cpu.kernels import attention_vector as vx
+from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.tir import (
     fma,
     lanes_from,

@@ -9,6 +9,7 @@ in the first cache; the second one holds the slab's columns of x and its sums.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -47,9 +48,7 @@ def tile_gemm(
     """Set out f32[m, n]: rows of x, given as tiles uint32[ceil(m / 16), ceil(k / 32), WORDS]."""
     blocks = row_blocks(n, isa)
     panel = panel_blocks(blocks)
-    _for_panels(
-        blocks // 2, panel // 2, m, lambda: _Panel(isa, fmt, n, k, tiles, parts, out, m, panel)
-    )
+    _for_panels(blocks // 2, _Panel(isa, fmt, n, k, tiles, parts, out, m, panel))
 
 
 def gated_tile_gemm(
@@ -66,48 +65,46 @@ def gated_tile_gemm(
 
     The weight is [2 gated.k, k]; gated.k is a multiple of COLUMNS.
     """
-    pairs = gated.k // ROWS
+    pairs, n = gated.k // ROWS, 2 * gated.k
     panel = panel_blocks(2 * pairs)
-    _for_panels(
-        pairs, panel // 2, m, lambda: _Gated(isa, fmt, k, gated, tiles, parts, out, m, panel)
-    )
+    _for_panels(pairs, _GatedPanel(isa, fmt, n, k, tiles, parts, out, m, panel, gated))
 
 
-def _for_panels(pairs: int, panel: int, m: Any, make: Callable[[], _Panel]) -> None:
-    """Let threads multiply `panel` pairs of blocks at a time with all rows."""
-    with parallel(-(-pairs // panel)) as number:
-        first = T.bind(number * panel)
-        count = T.bind(T.min(i64(panel), i64(pairs) - first))
-        work = make()
-        row_tiles = tirx.floordiv(m + ROWS - 1, ROWS)
+def _for_panels(pairs: int, work: _Panel) -> None:
+    """Let each thread multiply a panel of `pairs` pairs of blocks at a time with all rows."""
+    most = work.panel // 2
+    with parallel(-(-pairs // most)) as number:
+        first = T.bind(number * most)
+        count = T.bind(T.min(i64(most), i64(pairs) - first))
+        work.enter()
+        row_tiles = tirx.floordiv(work.m + ROWS - 1, ROWS)
         with serial(tirx.floordiv(row_tiles + SLAB - 1, SLAB)) as slab:
             start = T.bind(slab * SLAB)
             work.slab(first, count, start, T.bind(T.min(i64(SLAB), row_tiles - start)))
         amx.call(amx.RELEASE)
 
 
+@dataclass
 class _Panel:
     """Pairs of blocks of a task: room for a pair's weights and for the sums of a slab."""
 
-    def __init__(
-        self,
-        isa: Isa,
-        fmt: WeightFormat,
-        n: int,
-        k: int,
-        tiles: Any,
-        parts: list[Any],
-        out: Any,
-        m: Any,
-        panel: int,
-    ) -> None:
-        self.isa, self.fmt, self.n, self.k = isa, fmt, n, k
-        self.tiles, self.parts, self.out, self.m = tiles, parts, out, m
-        step = steps_of(fmt, k).step
+    isa: Isa
+    fmt: WeightFormat
+    n: int
+    k: int
+    tiles: Any
+    parts: list[Any]
+    out: Any
+    m: Any
+    panel: int  # blocks
+
+    def enter(self) -> None:
+        """At the start of a task."""
+        step = steps_of(self.fmt, self.k).step
         self.columns = max(CHUNK // step, 1) * step  # steps are whole tiles
         shape = extents((2, -(-self.columns // COLUMNS), WORDS))
         self.weights = T.alloc_buffer(shape, "uint32", scope="global", layout=None)
-        shape = extents((SLAB, panel, ROWS * ROWS))
+        shape = extents((SLAB, self.panel, ROWS * ROWS))
         self.sums = T.alloc_buffer(shape, "float32", scope="global", layout=None)
         amx.configure()
 
@@ -242,23 +239,11 @@ class _Panel:
         return value
 
 
-class _Gated(_Panel):
+@dataclass
+class _GatedPanel(_Panel):
     """Pairs of a block of gates and the block of what they gate; results are tiles."""
 
-    def __init__(
-        self,
-        isa: Isa,
-        fmt: WeightFormat,
-        k: int,
-        gated: Gated,
-        tiles: Any,
-        parts: list[Any],
-        out: Any,
-        m: Any,
-        panel: int,
-    ) -> None:
-        super().__init__(isa, fmt, 2 * gated.k, k, tiles, parts, out, m, panel)
-        self.gated = gated
+    gated: Gated
 
     def block(self, pair: Any, v: Any) -> Any:
         """See _Panel."""

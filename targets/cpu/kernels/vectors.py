@@ -2,8 +2,8 @@
 
 A kernel is a Python function that emits TIR while it runs: Python loops unroll, `T.serial` loops
 stay. Values that live in registers are `Reg`s (a small buffer with constant indices, which LLVM
-promotes).
-Nothing here calls libm: exp2, log2, tanh, cos and sin are polynomials, the same on every processor.
+promotes). Nothing here calls libm: exp, exp2, log2, tanh, cos and sin are polynomials, the same on
+every processor.
 """
 
 from __future__ import annotations
