@@ -2,8 +2,10 @@
 
 A tile has 16 rows of 64 bytes. Of x: 16 rows, 32 columns. Of the weight: 16 pairs of columns, and
 for each of 16 rows the two numbers of the pair, which is one block of the kernels' layout. Weights
-are expanded once for a slab of rows of x, two blocks and a chunk of columns at a time, which stay
-in the first cache; the second one holds the slab's columns of x and its sums.
+are expanded once for a slab of rows of x, two blocks and a chunk of columns at a time, a job. Those
+of one job stay in the first cache, past which x and the sums are streamed from the second one.
+Tile products, of 16 cycles each, leave the vector units free: between them the next job's weights
+are expanded, a piece at a time.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from qcc.targets.cpu.kernels.gemv import store_lanes
 from qcc.targets.cpu.kernels.layout import row_blocks
 from qcc.targets.cpu.kernels.row_sources import Gated
 from qcc.targets.cpu.kernels.steps import Step, steps_of
-from qcc.targets.cpu.kernels.tir import extents, i64, lanes_from, parallel, serial, splat, zeros
+from qcc.targets.cpu.kernels.tir import extents, i64, lanes_from, parallel, serial, zeros
 
-CHUNK = 256  # most columns of a chunk: with two blocks 16 KiB, a third of the first cache
-PANEL = 16  # most blocks of a panel
-SLAB = 32  # tiles of rows of x whose sums are held at once: a panel of them is 512 KiB
+CHUNK = 512  # most columns of a chunk: with two blocks 32 KiB, two thirds of the first cache
+PANEL = 32  # most blocks of a panel
+SLAB = 16  # tiles of rows of x whose sums are held at once: a panel of them is 512 KiB
+PIECE = 16  # columns that are expanded at once: more fill the window of instructions in flight
+SPARSE = 8  # pairs of row tiles from which every other product leaves time enough
 IMBALANCE = 1.05  # of the work of two threads, that a wide panel may cost
 
 
@@ -85,8 +89,23 @@ def _for_panels(pairs: int, work: _Panel) -> None:
 
 
 @dataclass
+class _Job:
+    """The weights of a pair of blocks and a chunk of columns."""
+
+    chunk: Any
+    pair: Any
+    half: Any  # of the room for weights
+
+    @classmethod
+    def bind(cls, number: Any, first: Any, count: Any) -> _Job:
+        """Job `number` of pairs first, ..., first + count - 1: chunk by chunk."""
+        chunk, pair = tirx.floordiv(number, count), first + tirx.floormod(number, count)
+        return cls(T.bind(chunk), T.bind(pair), T.bind(tirx.floormod(number, 2)))
+
+
+@dataclass
 class _Panel:
-    """Pairs of blocks of a task: room for a pair's weights and for the sums of a slab."""
+    """Pairs of blocks of a task: room for the weights of two jobs and for the sums of a slab."""
 
     isa: Isa
     fmt: WeightFormat
@@ -100,78 +119,92 @@ class _Panel:
 
     def enter(self) -> None:
         """At the start of a task."""
-        step = steps_of(self.fmt, self.k).step
-        self.columns = max(CHUNK // step, 1) * step  # steps are whole tiles
-        shape = extents((2, -(-self.columns // COLUMNS), WORDS))
+        self.step = steps_of(self.fmt, self.k).step  # whole tiles
+        self.steps = max(CHUNK // self.step, 1)  # of a chunk
+        self.chunks = -(-self.k // (self.steps * self.step))
+        shape = extents((2, 2, self.steps * self.step // COLUMNS, WORDS))
         self.weights = T.alloc_buffer(shape, "uint32", scope="global", layout=None)
         shape = extents((SLAB, self.panel, ROWS * ROWS))
         self.sums = T.alloc_buffer(shape, "float32", scope="global", layout=None)
+        self.expanded = T.alloc_buffer((1,), "int64", layout=None)  # pieces of the next job
         amx.configure()
 
     def slab(self, first: Any, count: Any, start: Any, row_tiles: Any) -> None:
         """Multiply pairs first, ... with row tiles start, ...; the last chunk sets `out`."""
-        before = -(-self.k // self.columns) - 1
-        if before:
-            with serial(before) as index:
-                self._chunk(first, count, start, row_tiles, index, self.columns)
-        rest = self.k - before * self.columns
-        self._chunk(first, count, start, row_tiles, i64(before), rest, last=True)
+        jobs = T.bind(count * self.chunks)
+        with serial(jobs + 1) as number:
+            job, following = (_Job.bind(number - i, first, count) for i in (1, 0))
+            left = -(-self.k // self.step) - following.chunk * self.steps
+            pieces = T.min(i64(self.steps), left) * (2 * self.step // PIECE)
+            pieces = T.bind(T.if_then_else(number < jobs, pieces, i64(0)))
+            T.buffer_store(self.expanded, i64(0), [0])
+            with T.If(number > 0), T.Then():
+                self._job(job, first, start, row_tiles, following, pieces)
+            with serial(pieces - self.expanded[0]):
+                self._expand(following)
 
-    def _chunk(
-        self,
-        first: Any,
-        count: Any,
-        start: Any,
-        row_tiles: Any,
-        index: Any,
-        columns: int,
-        last: bool = False,
+    def _job(
+        self, job: _Job, first: Any, start: Any, row_tiles: Any, following: _Job, pieces: Any
     ) -> None:
-        """Add chunk `index` of the columns; the first one sets the sums."""
-        with serial(count) as pair:
-            block = T.bind(pair * 2)
-            with serial(2) as v:
-                self._expand(self.block(first + pair, v), v, index, columns)
+        """Multiply, and expand as many of the following job's pieces as there is time for."""
+        block = T.bind((job.pair - first) * 2)
 
-            def multiply(size: int, row_tile: Any, block: Any = block) -> None:
-                row_tile = T.bind(row_tile)
-                corners = [(r, v) for r in range(size) for v in range(2)]
-                self._multiply(size, start, row_tile, block, index, columns)
-                if last:
-                    self._set(start + row_tile, first + pair, row_tile, block, corners)
-                    return
-                for r, v in corners:
-                    self._sum(amx.STORE, row_tile, block, r, v)
+        def multiply(size: int, row_tile: Any, meanwhile: Callable[[Any], None]) -> None:
+            row_tile = T.bind(row_tile)
+            corners = [(r, v) for r in range(size) for v in range(2)]
+            self._multiply(job, corners, start, row_tile, block, meanwhile)
+            with T.If(job.chunk == self.chunks - 1):
+                with T.Then():
+                    self._set(start + row_tile, job.pair, row_tile, block, corners)
+                with T.Else():
+                    for r, v in corners:
+                        self._sum(amx.STORE, row_tile, block, r, v)
 
-            with serial(tirx.floordiv(row_tiles, 2)) as rows:
-                multiply(2, rows * 2)
-            with T.If(tirx.floormod(row_tiles, 2) == 1), T.Then():
-                multiply(1, row_tiles - 1)
+        row_pairs = T.bind(tirx.floordiv(row_tiles, 2))
+        # As far apart as they fit between the products.
+        mask = T.bind(T.if_then_else(row_pairs >= SPARSE, i64(1), i64(0)))
+
+        def expand(s: Any) -> None:
+            due = tirx.all(self.expanded[0] < pieces, tirx.bitwise_and(s, mask) == 0)
+            with T.If(due), T.Then():
+                self._expand(following)
+
+        with serial(row_pairs) as rows:
+            multiply(2, rows * 2, expand)
+        with T.If(tirx.floormod(row_tiles, 2) == 1), T.Then():
+            multiply(1, row_tiles - 1, lambda s: None)
 
     def block(self, pair: Any, v: Any) -> Any:
         """The number of block `v` of a pair in the weight."""
         return pair * 2 + v
 
     def _multiply(
-        self, size: int, start: Any, row_tile: Any, block: Any, index: Any, columns: int
+        self,
+        job: _Job,
+        corners: list[tuple[int, int]],
+        start: Any,
+        row_tile: Any,
+        block: Any,
+        meanwhile: Callable[[Any], None],
     ) -> None:
-        """Leave `size` by 2 tiles of sums up to a chunk in the tile registers."""
-        corners = [(r, v) for r in range(size) for v in range(2)]
-        with T.If(index > 0):
+        """Leave tiles of sums up to a job's chunk in the tile registers."""
+        with T.If(job.chunk > 0):
             with T.Then():
                 for r, v in corners:
-                    self._sum(amx.LOAD, row_tile, block, r, v)
+                    self._sum(amx.STREAM, row_tile, block, r, v)
             with T.Else():
                 for r, v in corners:
                     amx.call(amx.ZERO, r * 2 + v)
-        first = index * (self.columns // COLUMNS)
-        with serial(-(-columns // COLUMNS)) as s:
-            for r in range(size):
-                amx.move(amx.LOAD, amx.A[r], self.tiles[start + row_tile + r, first + s, 0])
+        each = self.steps * self.step // COLUMNS
+        first = T.bind(job.chunk * each)
+        with serial(T.min(i64(each), -(-self.k // COLUMNS) - first)) as s:
+            for r in range(corners[-1][0] + 1):
+                amx.move(amx.STREAM, amx.A[r], self.tiles[start + row_tile + r, first + s, 0])
             for v in range(2):
-                amx.move(amx.LOAD, amx.B[v], self.weights[v, s, 0])
+                amx.move(amx.LOAD, amx.B[v], self.weights[job.half, v, s, 0])
             for r, v in corners:
                 amx.call(amx.PRODUCT, r * 2 + v, amx.A[r], amx.B[v])
+            meanwhile(s)
 
     def _sum(self, name: str, row_tile: Any, block: Any, r: int, v: int) -> None:
         amx.move(name, r * 2 + v, self.sums[row_tile + r, block + v, 0])
@@ -197,29 +230,43 @@ class _Panel:
                         value = T.bind(self.sums[row_tile + r, block + v, at])
                         store_lanes(self.isa, self.out, target, column, self.n, value)
 
-    def _expand(self, block: Any, v: Any, index: Any, columns: int) -> None:
-        """The weights of a block and chunk as tiles."""
-        step = steps_of(self.fmt, self.k).step
+    def _expand(self, job: _Job) -> None:
+        """The next piece of a job's weights as tiles."""
+        pieces = self.step // PIECE
+        rest, piece = (T.bind(f(self.expanded[0], pieces)) for f in (tirx.floordiv, tirx.floormod))
+        s, v = (T.bind(f(rest, 2)) for f in (tirx.floordiv, tirx.floormod))
+        number = T.bind(job.chunk * self.steps + s)
 
-        def one_step(s: Any, count: int) -> None:
-            values = self._values(block, index * (self.columns // step) + s, count)
-            for pair in range(-(-count // 2)):
-                word = amx.pair(values(2 * pair), values(2 * pair + 1))
-                column = s * step + 2 * pair
-                tile = tirx.floordiv(column, COLUMNS)
-                at = tirx.floormod(column, COLUMNS) * (ROWS // 2)
-                T.buffer_store(self.weights, word, [v, tile, lanes_from(at, ROWS)])
+        def emit(first: int, count: int) -> None:
+            """Columns first, ... of a step that has `count`."""
+            values = self._values(self.block(job.pair, v), number, count)
+            for column in range(first, first + PIECE, 2):
+                word = amx.pair(values(column), values(column + 1))
+                tile = s * (self.step // COLUMNS) + column // COLUMNS
+                at = lanes_from(column % COLUMNS * (ROWS // 2), ROWS)
+                T.buffer_store(self.weights, word, [job.half, v, tile, at])
 
-        if columns >= step:
-            with serial(columns // step) as s:
-                one_step(s, step)
-        if columns % step:
-            one_step(i64(columns // step), columns % step)
-        used = -(-columns // 2) * 2
-        for column in range(used, -(-used // COLUMNS) * COLUMNS, 2):
-            at = column % COLUMNS * (ROWS // 2)
-            none = splat(T.uint32(0), ROWS)
-            T.buffer_store(self.weights, none, [v, column // COLUMNS, lanes_from(at, ROWS)])
+        def choose(first: int, count: int) -> None:
+            """The piece that begins at column `first`, or a later one."""
+            if first + PIECE == self.step:
+                emit(first, count)
+                return
+            with T.If(piece == first // PIECE):
+                with T.Then():
+                    emit(first, count)
+                with T.Else():
+                    choose(first + PIECE, count)
+
+        whole, left = divmod(self.k, self.step)
+        if left:
+            with T.If(number < whole):
+                with T.Then():
+                    choose(0, self.step)
+                with T.Else():
+                    choose(0, left)
+        else:
+            choose(0, self.step)
+        T.buffer_store(self.expanded, self.expanded[0] + 1, [0])
 
     def _values(self, block: Any, number: Any, count: int) -> Callable[[int], Any]:
         """Column of a step -> f32 vector of its weights; 0 past its `count` columns."""
