@@ -84,11 +84,16 @@ def names(fmt: WeightFormat, n: int, k: int) -> str:
     return f"{'_'.join(str(value) for value in fmt.as_dict().values())}_{n}_{k}"
 
 
+def adds(fmt: WeightFormat) -> bool:
+    """Whether a format's kernels are those that add to something."""
+    return fmt.bits % 4 != 0 or fmt in FORMATS[1::2]
+
+
 def kernels(fmt: WeightFormat, n: int, k: int, isa: Isa, with_gemm: bool) -> dict[str, Any]:
     """The kernels of a weight by name."""
-    made = {"gemv": gemv(fmt, n, k, isa), "rows": table_rows(fmt, n, k, isa)}
+    made = {"gemv": gemv(fmt, n, k, isa, adds(fmt)), "rows": table_rows(fmt, n, k, isa)}
     if with_gemm:
-        made["gemm"] = gemm(fmt, n, k, isa)
+        made["gemm"] = gemm(fmt, n, k, isa, adds(fmt))
     for name, rows in (("prepare1", 1), ("prepare", None)):
         kind = Activations.of(fmt, k, rows == 1, isa)
         if kind is not None and (rows == 1 or with_gemm):
@@ -234,9 +239,10 @@ def test_kernels(processor: str, fmt: WeightFormat) -> None:
             elif mode != HIGH and len(given) > 3:
                 exact = rounded(x, given[0].numpy(), given[1].numpy())
             out = aligned(np.full((m, n), np.nan, "float32"))
-            lib[kind](tensor(x), *given, *p, out)
-            bound = np.abs(exact) @ size.T
-            error = np.abs(out.numpy() - exact @ w.T)
+            added = random.normal(size=(m, n)).astype("float32")
+            lib[kind](tensor(x), *given, *p, *([aligned(added)] if adds(fmt) else []), out)
+            bound = np.abs(exact) @ size.T + np.abs(added)
+            error = np.abs(out.numpy() - exact @ w.T - (added if adds(fmt) else 0))
             assert (error <= RELATIVE * bound + 1e-12).all(), (kind, n, k, m, (error / bound).max())
 
         for mode in modes(fmt, isa):

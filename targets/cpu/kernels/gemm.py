@@ -53,8 +53,12 @@ def multiply_panel(
     panel: Any,
     block: Any,
     rows: Rows,
+    added: Any | None = None,
 ) -> None:
-    """Set columns of panel number `panel` of `out`: rows of x times blocks `block`..."""
+    """Set columns of panel number `panel` of `out`: rows of x times blocks `block`...
+
+    What `added`, a buffer like `out`, has there is added.
+    """
     step = steps_of(fmt, k).step
     chunk = min(max(CHUNK // step, 1), -(-k // step)) * step
     expanded = T.alloc_buffer(
@@ -75,7 +79,8 @@ def multiply_panel(
                 expand(i64(columns // step), columns % step)
         with serial(tirx.floordiv(rows.count + isa.tile_m - 1, isa.tile_m)) as tile:
             first = tile * isa.tile_m
-            _micro_tile(isa, x, expanded, out, first, rows, panel, index, chunk, columns, n)
+            micro = isa, x, expanded, out, first, rows, panel, index, chunk, columns, n, added
+            _micro_tile(*micro)
 
     if k >= chunk:
         with serial(k // chunk) as index:
@@ -117,6 +122,7 @@ def _micro_tile(
     chunk: int,
     columns: int,
     n: int,
+    added: Any | None,
 ) -> None:
     """tile_m rows of x times one chunk of a panel, added to out (set in the first chunk)."""
     vtype = vector(isa, "float32")
@@ -139,25 +145,36 @@ def _micro_tile(
         with T.If(first + i < rows.count), T.Then():
             of_row = [acc[0] for acc in sums[i * isa.tile_n : (i + 1) * isa.tile_n]]
             target = rows.target(first + i)
-            _accumulate(isa, out, target, panel, n, of_row, chunk_index == 0)
+            before = _Before(out, added, chunk_index == 0)
+            _accumulate(isa, before, target, panel, n, of_row)
 
 
-def _accumulate(
-    isa: Isa, out: Any, row: Any, panel: Any, n: int, values: list[Any], is_first: Any
-) -> None:
-    """out[row, columns of the panel] += values where the columns exist; the first chunk stores."""
+@dataclass(frozen=True)
+class _Before:
+    """What a chunk's products are added to: those before, or what the first one begins with."""
+
+    out: Any
+    added: Any | None
+    is_first: Any
+
+    def add(self, at: list[Any], value: Any) -> None:
+        """out[at] = before + value."""
+        first = value if self.added is None else self.added[tuple(at)] + value
+        with T.If(self.is_first):
+            with T.Then():
+                T.buffer_store(self.out, first, at)
+            with T.Else():
+                T.buffer_store(self.out, self.out[tuple(at)] + value, at)
+
+
+def _accumulate(isa: Isa, before: _Before, row: Any, panel: Any, n: int, values: list[Any]) -> None:
+    """Add values to a row's columns of the panel, where they exist."""
     width = isa.lanes * isa.tile_n
     start = panel * width
 
     def vectors() -> None:
         for v, value in enumerate(values):
-            index = [row, lanes_from(start + v * isa.lanes, isa.lanes)]
-            before = out[tuple(index)]
-            with T.If(is_first):
-                with T.Then():
-                    T.buffer_store(out, value, index)
-                with T.Else():
-                    T.buffer_store(out, before + value, index)
+            before.add([row, lanes_from(start + v * isa.lanes, isa.lanes)], value)
 
     if n % width == 0:
         vectors()
@@ -170,5 +187,4 @@ def _accumulate(
             for v, value in enumerate(values):
                 T.buffer_store(spill, value, [lanes_from(v * isa.lanes, isa.lanes)])
             with serial(tirx.min(i64(n) - start, i64(width))) as column:
-                before = tirx.if_then_else(is_first, T.float32(0), out[row, start + column])
-                T.buffer_store(out, before + spill[column], [row, start + column])
+                before.add([row, start + column], spill[column])

@@ -106,18 +106,29 @@ def sums_of(fmt: WeightFormat, x: Any, first: Any, count: int, k: int) -> Any | 
     return sums
 
 
-def store_lanes(isa: Isa, out: Any, row: Any, column: Any, n: int, value: Any) -> None:
-    """Store a vector of L outputs, or its first lanes where it reaches past column n."""
+def store_lanes(
+    isa: Isa, out: Any, row: Any, column: Any, n: int, value: Any, added: Any | None = None
+) -> None:
+    """Store a vector of L outputs, or its first lanes where it reaches past column n.
+
+    What `added`, a buffer like `out`, has there is added.
+    """
+
+    def whole() -> None:
+        at = row, lanes_from(column, isa.lanes)
+        T.buffer_store(out, value if added is None else added[at] + value, list(at))
+
     if n % isa.lanes == 0:
-        T.buffer_store(out, value, [row, lanes_from(column, isa.lanes)])
+        whole()
         return
     with T.If(column + isa.lanes <= n):
         with T.Then():
-            T.buffer_store(out, value, [row, lanes_from(column, isa.lanes)])
+            whole()
         with T.Else():
             spill = T.alloc_buffer((isa.lanes,), "float32", scope="local", layout=None)
             T.buffer_store(spill, value, [lanes_from(0, isa.lanes)])
             with serial(isa.lanes) as lane:
-                with T.If(column + lane < n):
-                    with T.Then():
-                        T.buffer_store(out, spill[lane], [row, column + lane])
+                with T.If(column + lane < n), T.Then():
+                    one = spill[lane]
+                    one = one if added is None else added[row, column + lane] + one
+                    T.buffer_store(out, one, [row, column + lane])

@@ -37,59 +37,76 @@ from qcc.targets.cpu.kernels.tir import i64, kernel, parallel, serial
 ROW_TILES = (4, 8)  # rows of x that share unpacked codes; the last for any number
 
 
-def _arguments(fmt: WeightFormat, n: int, k: int, isa: Isa, rows: Any) -> list[Any]:
+def _arguments(
+    fmt: WeightFormat, n: int, k: int, isa: Isa, rows: Any, adds: bool = False
+) -> list[Any]:
     found = arguments(Activations.of(fmt, k, rows == 1, isa), k, rows)
-    return [*found, *packed_parts(fmt, n, k, isa), ("y", (rows, n), "float32")]
+    names = ("added", "y") if adds else ("y",)
+    return [
+        *found,
+        *packed_parts(fmt, n, k, isa),
+        *((name, (rows, n), "float32") for name in names),
+    ]
 
 
 @cache
-def gemv(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
-    """PrimFunc (x f32[1, k], [prepared, mode], parts) -> y f32[1, n]."""
-    blocks = -(-n // isa.lanes)
+def gemv(fmt: WeightFormat, n: int, k: int, isa: Isa, adds: bool = False) -> tirx.PrimFunc:
+    """PrimFunc (x f32[1, k], [prepared, mode], parts, [added f32[1, n]]) -> y f32[1, n].
 
-    def high(x: Any, parts: list[Any], out: Any) -> None:
-        sums = sums_of(fmt, x, i64(0), 1, k)
-        with parallel(blocks) as block:
-            value = products(isa, fmt, k, parts, block, x, i64(0), sums, i64(0))
-            store_lanes(isa, out, i64(0), block * isa.lanes, n, value)
+    `adds`: y is what the last argument has besides.
+    """
+    blocks = -(-n // isa.lanes)
 
     def body(x: Any, *rest: Any) -> None:
         *given, out = rest
+        added = given.pop() if adds else None
         prepared, mode, parts = split(Activations.of(fmt, k, True, isa), given)
+
+        def store(block: Any, value: Any) -> None:
+            store_lanes(isa, out, i64(0), block * isa.lanes, n, value, added)
+
+        def high() -> None:
+            sums = sums_of(fmt, x, i64(0), 1, k)
+            with parallel(blocks) as block:
+                store(block, products(isa, fmt, k, parts, block, x, i64(0), sums, i64(0)))
+
         if mode is None:
-            high(x, parts, out)
+            high()
             return
         with T.If(mode[0] == HIGH):
             with T.Then():
-                high(x, parts, out)
+                high()
             with T.Else(), parallel(blocks) as block:
                 (value,) = integer_products(isa, fmt, k, parts, block, prepared, [i64(0)])
-                store_lanes(isa, out, i64(0), block * isa.lanes, n, value)
+                store(block, value)
 
-    return kernel("gemv", _arguments(fmt, n, k, isa, 1), body, {ROLE: LINEAR})
+    return kernel("gemv", _arguments(fmt, n, k, isa, 1, adds), body, {ROLE: LINEAR})
 
 
 @cache
-def gemm(fmt: WeightFormat, n: int, k: int, isa: Isa) -> tirx.PrimFunc:
-    """PrimFunc (x f32[m, k], [prepared, mode], parts) -> y f32[m, n], any m."""
+def gemm(fmt: WeightFormat, n: int, k: int, isa: Isa, adds: bool = False) -> tirx.PrimFunc:
+    """PrimFunc (x f32[m, k], [prepared, mode], parts, [added f32[m, n]]) -> y f32[m, n], any m.
+
+    `adds`: as gemv does.
+    """
     rows = tirx.Var("m", "int64")
     work = _Gemm(fmt, n, k, isa, rows)
 
     def body(x: Any, *rest: Any) -> None:
         *given, out = rest
+        added = given.pop() if adds else None
         prepared, mode, parts = split(work.kind, given)
         if mode is None:
-            work.high(x, parts, out)
+            work.high(x, parts, out, added)
             return
-        choices = [(mode[0] == HIGH, lambda: work.high(x, parts, out))]
+        choices = [(mode[0] == HIGH, lambda: work.high(x, parts, out, added))]
         if work.kind and work.kind.tiles:
             many = tirx.all(mode[0] == TILES, rows >= TILES_FROM)
-            choices.append(
-                (many, lambda: tile_gemm(isa, fmt, n, k, prepared[-1], parts, out, rows))
-            )
-        _choose(choices, lambda: work.low(x, prepared, parts, out))
+            tiles = isa, fmt, n, k, prepared[-1], parts, out, rows, added
+            choices.append((many, lambda: tile_gemm(*tiles)))
+        _choose(choices, lambda: work.low(x, prepared, parts, out, added))
 
-    return kernel("gemm", _arguments(fmt, n, k, isa, rows), body, {ROLE: LINEAR})
+    return kernel("gemm", _arguments(fmt, n, k, isa, rows, adds), body, {ROLE: LINEAR})
 
 
 @cache
@@ -137,33 +154,40 @@ class _Gemm:
         self.fmt, self.n, self.k, self.isa, self.rows = fmt, n, k, isa, rows
         self.kind = Activations.of(fmt, k, False, isa)
 
-    def high(self, x: Any, parts: list[Any], out: Any) -> None:
+    def high(self, x: Any, parts: list[Any], out: Any, added: Any | None = None) -> None:
         """By float32."""
         isa, rows = self.isa, Rows(self.rows)
         with parallel(row_blocks(self.n, isa) // isa.tile_n) as panel:
             block = panel * isa.tile_n
-            multiply_panel(isa, self.fmt, self.n, self.k, parts, x, out, panel, block, rows)
+            work = self.fmt, self.n, self.k, parts, x, out, panel, block, rows, added
+            multiply_panel(isa, *work)
 
-    def low(self, x: Any, prepared: list[Any], parts: list[Any], out: Any) -> None:
+    def low(
+        self, x: Any, prepared: list[Any], parts: list[Any], out: Any, added: Any | None = None
+    ) -> None:
         """By int8, where the weight has codes."""
         if self.kind is None or self.kind.sums is None:
-            self.high(x, parts, out)
+            self.high(x, parts, out, added)
             return
         few, many = ROW_TILES
         with T.If(self.rows <= few):
             with T.Then():
-                self._by_rows(few, prepared[:3], parts, out)
+                self._by_rows(few, prepared[:3], parts, out, added)
             with T.Else():
-                self._by_rows(many, prepared[:3], parts, out)
+                self._by_rows(many, prepared[:3], parts, out, added)
 
-    def _by_rows(self, tile: int, codes: list[Any], parts: list[Any], out: Any) -> None:
+    def _by_rows(
+        self, tile: int, codes: list[Any], parts: list[Any], out: Any, added: Any | None
+    ) -> None:
         isa, rows, n = self.isa, self.rows, self.n
         with parallel(-(-n // isa.lanes)) as block:
             with serial(tirx.floordiv(rows + tile - 1, tile)) as number:
                 first = number * tile
                 sources = [T.bind(T.min(first + i, rows - 1)) for i in range(tile)]
                 values = integer_products(isa, self.fmt, self.k, parts, block, codes, sources)
-                _store_rows(isa, out, first, rows, block * isa.lanes, n, values)
+                for i, value in enumerate(values):
+                    with T.If(first + i < rows), T.Then():
+                        store_lanes(isa, out, first + i, block * isa.lanes, n, value, added)
 
 
 def _choose(choices: Sequence[tuple[Any, Callable[[], None]]], last: Callable[[], None]) -> None:
@@ -177,12 +201,3 @@ def _choose(choices: Sequence[tuple[Any, Callable[[], None]]], last: Callable[[]
             emit()
         with T.Else():
             _choose(others, last)
-
-
-def _store_rows(
-    isa: Isa, out: Any, first: Any, rows: Any, column: Any, n: int, values: Sequence[Any]
-) -> None:
-    """Store vectors of rows first, first + 1, ... as far as there are so many."""
-    for i, value in enumerate(values):
-        with T.If(first + i < rows), T.Then():
-            store_lanes(isa, out, first + i, column, n, value)

@@ -47,12 +47,23 @@ def panel_blocks(blocks: int) -> int:
 
 
 def tile_gemm(
-    isa: Isa, fmt: WeightFormat, n: int, k: int, tiles: Any, parts: list[Any], out: Any, m: Any
+    isa: Isa,
+    fmt: WeightFormat,
+    n: int,
+    k: int,
+    tiles: Any,
+    parts: list[Any],
+    out: Any,
+    m: Any,
+    added: Any | None = None,
 ) -> None:
-    """Set out f32[m, n]: rows of x, given as tiles uint32[ceil(m / 16), ceil(k / 32), WORDS]."""
+    """Set out f32[m, n]: rows of x, given as tiles uint32[ceil(m / 16), ceil(k / 32), WORDS].
+
+    What `added`, a buffer like `out`, has is added.
+    """
     blocks = row_blocks(n, isa)
     panel = panel_blocks(blocks)
-    _for_panels(blocks // 2, _Panel(isa, fmt, n, k, tiles, parts, out, m, panel))
+    _for_panels(blocks // 2, _Panel(isa, fmt, n, k, tiles, parts, out, m, panel, added))
 
 
 def gated_tile_gemm(
@@ -71,7 +82,7 @@ def gated_tile_gemm(
     """
     pairs, n = gated.k // ROWS, 2 * gated.k
     panel = panel_blocks(2 * pairs)
-    _for_panels(pairs, _GatedPanel(isa, fmt, n, k, tiles, parts, out, m, panel, gated))
+    _for_panels(pairs, _GatedPanel(isa, fmt, n, k, tiles, parts, out, m, panel, None, gated))
 
 
 def _for_panels(pairs: int, work: _Panel) -> None:
@@ -116,6 +127,7 @@ class _Panel:
     out: Any
     m: Any
     panel: int  # blocks
+    added: Any | None
 
     def enter(self) -> None:
         """At the start of a task."""
@@ -193,8 +205,7 @@ class _Panel:
                 for r, v in corners:
                     self._sum(amx.STREAM, row_tile, block, r, v)
             with T.Else():
-                for r, v in corners:
-                    amx.call(amx.ZERO, r * 2 + v)
+                self._begin(start + row_tile, job.pair, corners)
         each = self.steps * self.step // COLUMNS
         first = T.bind(job.chunk * each)
         with serial(T.min(i64(each), -(-self.k // COLUMNS) - first)) as s:
@@ -209,26 +220,53 @@ class _Panel:
     def _sum(self, name: str, row_tile: Any, block: Any, r: int, v: int) -> None:
         amx.move(name, r * 2 + v, self.sums[row_tile + r, block + v, 0])
 
-    def _set(self, out_tile: Any, pair: Any, row_tile: Any, block: Any, corners: list[Any]) -> None:
-        """Store tiles of sums where they belong in `out`, as far as there are rows and columns."""
-        out_block = T.bind(pair * 2)
-        rows, _ = corners[-1]
-        fits = tirx.all((out_tile + rows + 1) * ROWS <= self.m, (out_block + 2) * ROWS <= self.n)
-        with T.If(fits):
+    def _begin(self, out_tile: Any, pair: Any, corners: list[tuple[int, int]]) -> None:
+        """Sums of nothing: 0, or what is added where whole tiles of it exist."""
+
+        def zero() -> None:
+            for r, v in corners:
+                amx.call(amx.ZERO, r * 2 + v)
+
+        if self.added is None:
+            zero()
+            return
+        with T.If(self._fits(out_tile, pair, corners)):
             with T.Then():
-                for r, v in corners:
-                    where = self.out[(out_tile + r) * ROWS, (out_block + v) * ROWS]
-                    amx.move(amx.STORE, r * 2 + v, where, 4 * self.n)
+                self._move(amx.STREAM, self.added, out_tile, pair, corners)
+            with T.Else():
+                zero()
+
+    def _fits(self, out_tile: Any, pair: Any, corners: list[tuple[int, int]]) -> Any:
+        """Whether all rows and columns of tiles exist in `out`."""
+        rows, _ = corners[-1]
+        return tirx.all((out_tile + rows + 1) * ROWS <= self.m, (pair + 1) * 2 * ROWS <= self.n)
+
+    def _move(
+        self, name: str, matrix: Any, out_tile: Any, pair: Any, corners: list[tuple[int, int]]
+    ) -> None:
+        """Load or store tiles of `out`, or of a buffer like it."""
+        for r, v in corners:
+            where = matrix[(out_tile + r) * ROWS, (pair * 2 + v) * ROWS]
+            amx.move(name, r * 2 + v, where, 4 * self.n)
+
+    def _set(
+        self, out_tile: Any, pair: Any, row_tile: Any, block: Any, corners: list[tuple[int, int]]
+    ) -> None:
+        """Store tiles of sums where they belong in `out`, as far as there are rows and columns."""
+        with T.If(self._fits(out_tile, pair, corners)):
+            with T.Then():
+                self._move(amx.STORE, self.out, out_tile, pair, corners)
             with T.Else():
                 for r, v in corners:
                     self._sum(amx.STORE, row_tile, block, r, v)
+                rows, _ = corners[-1]
                 with serial(rows + 1) as r, serial(2) as v, serial(ROWS) as row:
                     target = T.bind((out_tile + r) * ROWS + row)
-                    column = T.bind((out_block + v) * ROWS)
+                    column = T.bind((pair * 2 + v) * ROWS)
                     with T.If(tirx.all(target < self.m, column < self.n)), T.Then():
                         at = lanes_from(row * ROWS, ROWS)
                         value = T.bind(self.sums[row_tile + r, block + v, at])
-                        store_lanes(self.isa, self.out, target, column, self.n, value)
+                        store_lanes(self.isa, self.out, target, column, self.n, value, self.added)
 
     def _expand(self, job: _Job) -> None:
         """The next piece of a job's weights as tiles."""
@@ -296,7 +334,9 @@ class _GatedPanel(_Panel):
         """See _Panel."""
         return pair + v * (self.gated.k // ROWS)
 
-    def _set(self, out_tile: Any, pair: Any, row_tile: Any, block: Any, corners: list[Any]) -> None:
+    def _set(
+        self, out_tile: Any, pair: Any, row_tile: Any, block: Any, corners: list[tuple[int, int]]
+    ) -> None:
         """Gate two tiles of sums; the result is half a tile. Rows past the last one do no harm."""
         for r, v in corners:
             self._sum(amx.STORE, row_tile, block, r, v)

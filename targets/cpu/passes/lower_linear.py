@@ -5,7 +5,8 @@ After:   p0 = call_tir(repack, (q,)); p1 = call_tir(repack, (s,))     # HoistRep
          mode = call_tir(setting, ())                                 # and this
          codes, scales, sums = call_tir(prepare, (reshape(x), mode))  # once for the same x
          y = call_tir(gemv or gemm, (reshape(x), codes, scales, sums, mode, p0, p1)), reshaped back
-A float weight's kernels take neither codes nor mode, unless many rows become tiles. What x is where
+A float weight's kernels take neither codes nor mode, unless many rows become tiles. Where nothing
+but a sum takes y, add(r, y), the kernel makes the sum from r, its last argument. What x is where
 only linear layers take it, a norm or a gated activation, `prepare` computes itself; behind a GEMM
 that makes gate and up, both are one: call_tir(gated_gemm, ...).
 
@@ -26,6 +27,7 @@ import tvm
 from tvm import relax as rx
 from tvm import tirx
 from tvm.relax.expr_functor import PyExprMutator, mutator
+from tvm_ffi import structural_equal
 
 from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels import layout
@@ -78,23 +80,43 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         self.flat: dict[Any, Any] = {}  # x -> its rows as a matrix
         self.prepared: dict[tuple[Any, Activations], list[Any]] = {}
         self.mode: Any = None
+        self.summands: dict[Any, Weight] = {}  # products that the kernel of a sum will make
         self.uses: dict[Any, list[rx.Call | None]] = {}
         self.added: dict[tirx.PrimFunc, Any] = {}  # the builder would hash a kernel every time
 
     def function(self, gv: Any, func: rx.Function) -> None:
         self.bindings, self.packed, self.orders = {}, {}, {}
-        self.flat, self.prepared, self.mode = {}, {}, None
+        self.flat, self.prepared, self.mode, self.summands = {}, {}, None, {}
         self.uses = Uses().find(func)
         self.builder_.update_func(gv, self.visit_expr(func))
 
     def visit_var_binding_(self, binding: rx.VarBinding) -> None:
-        self.bindings[binding.var] = binding.value
-        super().visit_var_binding_(binding)
+        var, value = binding.var, binding.value
+        self.bindings[var] = value
+        match = match_linear(self.mod, self.bindings, value)
+        if match is not None and self._is_summand(var):
+            self.summands[var] = match
+        else:
+            super().visit_var_binding_(binding)
+
+    def _is_summand(self, var: Any) -> bool:
+        """Whether a product has no use but a sum with f32 of its shape, and is the first such."""
+        uses = self.uses[var]
+        if len(uses) != 1 or not is_op(uses[0], "relax.add"):
+            return False
+        call: Any = uses[0]
+        (other,) = (arg for arg in call.args if not arg.same_as(var))
+        return other not in self.summands and structural_equal(other.ty, var.ty)
 
     def visit_call_(self, call: rx.Call) -> rx.Expr:
         match = match_linear(self.mod, self.bindings, call)
         if match is not None:
             return self._linear(match, call.args[0], call.ty)
+        if is_op(call, "relax.add"):
+            for product, other in (call.args, call.args[::-1]):
+                if product in self.summands:
+                    x: Any = self.bindings[product]
+                    return self._linear(self.summands[product], x.args[0], call.ty, other)
         layer = match_experts(self.mod, self.bindings, call)
         if layer is not None:
             return self._experts(layer, call.ty)
@@ -137,15 +159,18 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         gv = self._add(func, "repack_cast")
         return rx.call_tir(gv, [self.visit_expr(call.args[0])], out_ty=call.ty)
 
-    def _linear(self, match: Weight, x: rx.Expr, ty: Any) -> rx.Expr:
-        """A linear layer; x is an expression of the old function."""
+    def _linear(self, match: Weight, x: rx.Expr, ty: Any, added: rx.Expr | None = None) -> rx.Expr:
+        """A linear layer, and what is added to it; x and that are of the old function."""
         rows = _product(list(x.ty.shape)[:-1])
         single = _is_one(rows)
         make = gemv if single else gemm
-        func = make(match.format, match.n, match.k, self.isa)
+        func = make(match.format, match.n, match.k, self.isa, added is not None)
         gv = self._add(func, "gemv" if single else "gemm")
         out = rx.TensorType((rows, match.n), "float32")
         args = [*self._activations(match, x, rows), *self._repacked(match)]
+        if added is not None:
+            flat = rx.op.reshape(self.visit_expr(added), (rows, match.n))
+            args.append(self.builder_.emit(flat))
         y = self.builder_.emit(rx.call_tir(gv, args, out_ty=out))
         return rx.op.reshape(y, list(ty.shape))
 

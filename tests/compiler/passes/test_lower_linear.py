@@ -254,3 +254,63 @@ def test_gate_and_product_are_one(
     module = LowerLinear(AVX512_AMX)(QuantizeWeights(specs, "float32")(Gate))
     rx.analysis.well_formed(module)
     assert calls(module, "prefill") == kernels
+
+
+@I.ir_module(s_tir=True)
+class Residual:
+    """Weights 0 and 1 are added to x; of what weight 2 makes there are two uses."""
+
+    @R.function
+    def decode(
+        x: R.Tensor((1, 1, 64), "float32"),
+        p: R.Tuple(
+            R.Tensor((64, 64), "float32"),
+            R.Tensor((64, 64), "float32"),
+            R.Tensor((64, 64), "float32"),
+        ),
+    ):
+        R.func_attr({"num_input": 1})
+        with R.dataflow():
+            first = p[0]
+            second = p[1]
+            third = p[2]
+            a = R.matmul(x, R.permute_dims(first))
+            b = R.matmul(x, R.permute_dims(second))
+            both = R.add(R.add(x, a), b)
+            parallel = R.add(R.matmul(both, R.permute_dims(first)), a)
+            c = R.matmul(parallel, R.permute_dims(third))
+            y = R.multiply(R.add(parallel, c), c)
+            R.output(y)
+        return y
+
+
+def test_sums_are_made_by_products() -> None:
+    """Of a, b and the third product b and that are only added; a and c have other uses."""
+    specs = [WeightSpec(f"{name}.weight", (64, 64), F32, ()) for name in "abc"]
+    module = LowerLinear(AVX2)(QuantizeWeights(specs, "float32")(Residual))
+    rx.analysis.well_formed(module)
+    names = [gv.name_hint for gv, func in module.functions_items() if len(func.params) == 4]
+    assert len(names) == 1, "x, a weight, what is added and y"
+    sums: list[Any] = []
+    operators: list[str] = []
+
+    def visit(expr: Any) -> None:
+        if isinstance(expr, rx.Call):
+            operators.append(str(getattr(expr.op, "name", "")))
+            if operators[-1] == "relax.call_tir" and expr.args[0].name_hint in names:
+                sums.append(expr)
+
+    rx.analysis.post_order_visit(module["decode"], visit)
+    assert len(sums) == 2 and operators.count("relax.add") == 2
+
+    random = np.random.default_rng(0)
+    weights = [random.normal(size=(64, 64)).astype("f4") for _ in range(3)]
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
+    with target:
+        vm = rx.VirtualMachine(rx.build(module, target), tvm.cpu())
+    x = random.normal(size=(1, 1, 64)).astype("f4")
+    found = vm["decode"](tvm.runtime.tensor(x), [tvm.runtime.tensor(w) for w in weights]).numpy()
+    first, second, third = (w.astype("f8").T for w in weights)
+    parallel = (x + x @ first + x @ second) @ first + x @ first
+    expected = (parallel + parallel @ third) * (parallel @ third)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
