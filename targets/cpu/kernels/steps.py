@@ -103,17 +103,26 @@ class Step:
         """uint32 vector of word `index` of the step's codes."""
         return self._word("q_weight", self.steps.step // UNIT * self.fmt.bits, index)
 
-    def numbers(self, first: int) -> Numbers:
-        """Scale, bias and zero of the segment that begins at column `first` of the step."""
+    def numbers(self, first: int, within_block: bool = False) -> Numbers:
+        """Scale, bias and zero of the segment that begins at column `first` of the step.
+
+        `within_block`: of two levels the lower one, which `block_numbers` are to multiply.
+        """
         fmt = self.fmt
         zero = None
         bias = None
-        scale = self._of_group("q_scale", fmt.scale_zero if fmt.two_level else 0, first)
+        base = fmt.scale_zero if fmt.two_level else 0
+        scale = self._of_group("q_scale", base, first, within_block)
         if fmt.grid == "asymmetric":
-            bias = self._of_group("q_bias", 0, first)
+            bias = self._of_group("q_bias", 0, first, within_block)
         elif fmt.grid == "zero_point":
             zero = self._as_f32(self._at("q_zero", self._group(first)))
         return Numbers(scale, bias, zero)
+
+    def block_numbers(self) -> Numbers:
+        """The upper level of scale and bias, of all segments of the step."""
+        bias = self._of_block("q_block_bias") if self.fmt.grid == "asymmetric" else None
+        return Numbers(self._of_block("q_block_scale"), bias)
 
     def weight(self, column: int, numbers: Numbers) -> Any:
         """The f32 vector of weights of a column in a segment with these numbers."""
@@ -130,7 +139,7 @@ class Step:
             return self.index * (steps.step // size) + first // size
         return tirx.floordiv(self.index * steps.step + first, size)
 
-    def _of_group(self, suffix: str, base: int, first: int) -> Any:
+    def _of_group(self, suffix: str, base: int, first: int, within_block: bool) -> Any:
         """A scale or bias of the group of column `first`, as f32."""
         fmt, group = self.fmt, self._group(first)
         if fmt.grid == "mxfp4":
@@ -149,6 +158,8 @@ class Step:
             number = self._as_f32(self._at(suffix, group))
             if base:
                 number = number - splat(T.float32(base), self.isa.lanes)
+        if within_block:
+            return T.bind(number)
         return T.bind(number * self._of_block(suffix.replace("q_", "q_block_")))
 
     def _of_block(self, suffix: str) -> Any:
