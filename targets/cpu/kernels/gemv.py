@@ -20,6 +20,7 @@ from qcc.targets.cpu.kernels.tir import (
     fma,
     i64,
     lanes_from,
+    lines_ahead,
     prefetch,
     registers,
     serial,
@@ -77,7 +78,7 @@ def products(
     if k >= steps.step:
         with serial(k // steps.step) as index:
             if fmt.is_float:
-                prefetch(parts[0], block, index * steps.step, steps.step)
+                prefetch(lines_ahead(parts[0], block, index * steps.step, steps.step))
             one_step(index, steps.step)
     if k % steps.step:
         one_step(i64(k // steps.step), k % steps.step)

@@ -22,6 +22,7 @@ from qcc.targets.cpu.kernels.tir import (
     fma,
     i64,
     lanes_from,
+    lines_ahead,
     prefetch,
     registers,
     serial,
@@ -63,9 +64,11 @@ def integer_products(
         if count >= many:
             with serial(count // many) as i:
                 start = first + i * many
-                prefetch(parts[0], block, start * words, many * words)
+                lines = lines_ahead(parts[0], block, start * words, many * words)
                 for part, columns in others:
-                    prefetch(part, block, start * columns, many * columns, SCALES_AHEAD)
+                    of_part = start * columns, many * columns, SCALES_AHEAD
+                    lines += lines_ahead(part, block, *of_part)
+                work.ask_for(lines, many * steps.step // kind.piece)
                 for number in range(many):
                     work.step(Step(isa, fmt, k, parts, block, start + number), steps.step, sums)
         for number in range(count - count % many, count):
@@ -149,6 +152,12 @@ class _Work:
     ) -> None:
         self.isa, self.fmt, self.kind, self.by_blocks = isa, fmt, kind, by_blocks
         self.codes, self.scales, self.sums = activations
+        self.lines: list[Any] = []
+        self.lines_each = 0
+
+    def ask_for(self, lines: list[Any], pieces: int) -> None:
+        """Prefetch lines, a few with each of the next pieces: all at once would hold up loads."""
+        self.lines, self.lines_each = lines, -(-len(lines) // pieces)
 
     def step(self, step: Step, count: int, sums: list[_Sums]) -> None:
         """Add the products of the first `count` columns of a step."""
@@ -165,6 +174,8 @@ class _Work:
         for at in range(first, first + columns, self.kind.piece):
             quads = range(at // QUAD, -(-min(at + self.kind.piece, first + columns) // QUAD))
             found = [T.bind(quad_of(self.isa, step, number)) for number in quads]
+            prefetch(self.lines[: self.lines_each])
+            del self.lines[: self.lines_each]
             for of_row in sums:
                 self._piece(step, at, found, of_row, scale, bias)
 

@@ -98,15 +98,20 @@ def registers(count: int, lanes: int) -> list[Any]:
     return [T.alloc_buffer((1,), f"float32x{lanes}", layout=None) for _ in range(count)]
 
 
-def prefetch(packed: Any, block: Any, first: Any, count: int, ahead: int = AHEAD) -> None:
-    """Ask for the vectors `ahead` bytes after columns first ... first + count of a block.
+def lines_ahead(packed: Any, block: Any, first: Any, count: int, ahead: int = AHEAD) -> list[Any]:
+    """Addresses of the lines `ahead` bytes after columns first ... first + count of a block.
 
     `packed` [blocks, columns, L] goes on in the next block; what lies past its end is asked for in
     vain, which never faults.
     """
     size = int(packed.shape[2]) * ITEMSIZE[str(packed.dtype)]
-    for column in range(0, count, max(1, LINE // size)):
-        where = T.address_of(packed[block, first + (ahead // size + column), 0])
+    columns = range(0, count, max(1, LINE // size))
+    return [T.address_of(packed[block, first + (ahead // size + i), 0]) for i in columns]
+
+
+def prefetch(addresses: Sequence[Any]) -> None:
+    """Ask for lines, which shall come into the second cache."""
+    for where in addresses:
         read, second_cache, data = 0, 2, 1
         T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", where, read, second_cache, data))
 
