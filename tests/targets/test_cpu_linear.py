@@ -280,7 +280,7 @@ def test_layout(processor: str, fmt: WeightFormat) -> None:
         if part is parts[0] and not fmt.is_float:
             assert columns == -(-k // 32) * fmt.bits
             np.testing.assert_array_equal(
-                plane_codes(flat[:n], fmt.bits, k), unpack(part, fmt, n, k)
+                quad_codes(flat[:n], fmt.bits, k), unpack(part, fmt, n, k)
             )
             assert not flat[n:].any()
             continue
@@ -289,17 +289,18 @@ def test_layout(processor: str, fmt: WeightFormat) -> None:
         assert not flat[n:].any()
 
 
-def plane_codes(words: Any, bits: int, k: int) -> Any:
-    """uint32[n, words] in planes -> codes uint8[n, k]: bytes of a plane are fields of quads."""
+def quad_codes(words: Any, bits: int, k: int) -> Any:
+    """uint32[n, words] of quads -> codes uint8[n, k]; bytes hold codes and shares of others."""
+    each = 8 // bits
+    used, mask = each * bits, 2**bits - 1
     codes = np.zeros((len(words), k + -k % 32), np.uint8)
-    for unit in range(codes.shape[1] // 32):
-        data, low = words[:, unit * bits : (unit + 1) * bits].copy().view(np.uint8), 0
-        for width in {3: (2, 1), 5: (4, 1), 6: (4, 2)}.get(bits, (bits,)):
-            for column in range(32):
-                quad, byte = divmod(column, 4)
-                found = data[:, 4 * (quad * width // 8) + byte] >> (quad * width % 8)
-                codes[:, unit * 32 + column] |= (found & (2**width - 1)) << low
-            data, low = data[:, 4 * width :], low + width
+    for unit, byte in itertools.product(range(codes.shape[1] // 32), range(4)):
+        own = words[:, unit * bits : (unit + 1) * bits] >> 8 * byte & 0xFF
+        quads = [own[:, i // each] >> bits * (i % each) & mask for i in range(used)]
+        rest = sum(own[:, i].astype(np.uint64) >> used << i * (8 - used) for i in range(bits))
+        quads += [rest >> bits * i & mask for i in range(8 - used)]
+        for number, quad in enumerate(quads):
+            codes[:, unit * 32 + 4 * number + byte] = quad
     return codes[:, :k]
 
 

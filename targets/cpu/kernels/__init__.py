@@ -2,7 +2,7 @@
 
 tir.py       small helpers around TVM's IR builder
 layout.py    the weight layout that the kernels read, and the repack functions that make it
-planes.py    where codes lie in words;  decode.py  codes in registers -> f32 numbers
+quads.py     where codes lie in words;  decode.py  codes in registers -> f32 numbers
 steps.py     how a kernel walks a row: columns that are unrolled, columns under one scale
 linear.py    a linear layer, by the precision and the rows of x: rows of floats (gemv.py), many of
              them (gemm.py), of int8 (dot.py, integer.py), of bf16 in AMX tiles (amx.py, tiles.py)

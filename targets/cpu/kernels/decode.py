@@ -11,7 +11,7 @@ from tvm.tirx.script.builder import ir as T
 from qcc.quant_schemes import mxfp4
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
-from qcc.targets.cpu.kernels.planes import fields
+from qcc.targets.cpu.kernels.quads import fields
 from qcc.targets.cpu.kernels.tir import splat
 
 TWO_23_BITS = 0x4B000000  # of 2^23 in f32, whose low bits count ones
@@ -43,7 +43,7 @@ def stream_code(isa: Isa, word: Callable[[int], Any], index: int, bits: int) -> 
     return bits_at(isa, word(first), shift, None if shift + bits == 32 else 2**bits - 1)
 
 
-def plane_code(isa: Isa, word: Callable[[int], Any], column: int, bits: int) -> tuple[Any, bool]:
+def code_at(isa: Isa, word: Callable[[int], Any], column: int, bits: int) -> tuple[Any, bool]:
     """(uint32 vector whose low `bits` are the code of a column, whether the others are 0)."""
     first, *more = fields(column, bits)
     if not more:
@@ -61,7 +61,7 @@ def code_number(isa: Isa, code: Any, clean: bool, bits: int, zero: int) -> Any:
     Args:
         isa: of the kernel.
         code: uint32 vector.
-        clean: as `plane_code` says.
+        clean: as `code_at` says.
         bits: of a code.
         zero: the code that stands for 0.
     """

@@ -14,7 +14,7 @@ from qcc.quant_schemes import mxfp4
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels.decode import bits_at
-from qcc.targets.cpu.kernels.planes import QUAD, fields
+from qcc.targets.cpu.kernels.quads import QUAD, fields
 from qcc.targets.cpu.kernels.steps import Step
 from qcc.targets.cpu.kernels.tir import splat
 

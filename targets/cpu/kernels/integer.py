@@ -16,7 +16,7 @@ from qcc.quant_schemes.format import BLOCK, UNIT, WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels.activations import GROUP, Activations
 from qcc.targets.cpu.kernels.dot import dot, quad_of, zero_of_quads
-from qcc.targets.cpu.kernels.planes import QUAD
+from qcc.targets.cpu.kernels.quads import QUAD
 from qcc.targets.cpu.kernels.steps import Numbers, Step, steps_of
 from qcc.targets.cpu.kernels.tir import (
     fma,

@@ -5,7 +5,7 @@ Here (lanes L):      [n', columns, L]
 with row = block * L + lane and n' = ceil(n / L) rounded up to whole GEMM panels, padded with 0. So
 one aligned vector load takes one word (or number) of L rows. Of a weight of several experts, one
 below the other, each expert's n rows lie so: [experts * n', columns, L]. The columns of each part:
-    q_weight                     words of planes (planes.py), ceil(k / 32) * bits of them
+    q_weight                     words of quads (quads.py), ceil(k / 32) * bits of them
     q_scale, q_bias, q_block_*   the stored numbers; one scale of a tensor is repeated for each row
     streams of group codes       uint8 codes (q_zero, two-level q_scale and q_bias), except
         `streamed` ones          the stored words, where a step of the kernels ends at a word's end
@@ -25,7 +25,7 @@ from qcc.quant_schemes.attributes import REPACK, ROLE
 from qcc.quant_schemes.format import UNIT, WeightFormat
 from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels.decode import code_scalar
-from qcc.targets.cpu.kernels.planes import row_words, words_of_codes
+from qcc.targets.cpu.kernels.quads import row_words, words_of_codes
 from qcc.targets.cpu.kernels.tir import i64, kernel, parallel, serial
 
 STREAMED_GROUP = 16  # columns of the widest group whose 4-bit scale codes are read from words
@@ -119,7 +119,7 @@ def _row_of(n: int, isa: Isa, experts: int, block: Any, lane: Any) -> tuple[Any,
 
 
 def _repack_codes(fmt: WeightFormat, n: int, k: int, isa: Isa, experts: int) -> tirx.PrimFunc:
-    """Stored words -> planes, a unit of columns at a time: shifts are constants but for words
+    """Stored words -> quads, a unit of columns at a time: shifts are constants but for words
     that hold whole codes only."""
     (part, *_), (_, shape, dtype) = fmt.stored(experts * n, k), packed_parts(fmt, n, k, isa)[0]
     blocks, words, lanes = experts * shape[0], fmt.num_words(k), isa.lanes

@@ -19,15 +19,15 @@ from qcc.quant_schemes import mxfp4
 from qcc.quant_schemes.format import BLOCK, UNIT, WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels.decode import (
+    code_at,
     code_number,
     code_scalar,
     float_vector,
     fp4_vector,
-    plane_code,
     stream_code,
 )
 from qcc.targets.cpu.kernels.layout import streamed
-from qcc.targets.cpu.kernels.planes import code_of_words
+from qcc.targets.cpu.kernels.quads import code_of_words
 from qcc.targets.cpu.kernels.tir import fma, lanes_from, splat
 
 UNROLL = 128  # columns of the widest segment
@@ -93,7 +93,7 @@ class Step:
         if fmt.is_float:
             value = self._at("weight", self.index * self.steps.step + column)
             return float_vector(isa, fmt, value)
-        code, clean = plane_code(isa, self.weight_word, column, fmt.bits)
+        code, clean = code_at(isa, self.weight_word, column, fmt.bits)
         if fmt.grid == "mxfp4":
             return fp4_vector(isa, code)
         zero = fmt.zero_code if fmt.grid == "symmetric" else 0
