@@ -28,22 +28,20 @@ from qcc.targets.cpu.kernels.steps import Step, steps_of
 from qcc.targets.cpu.kernels.tir import extents, i64, lanes_from, parallel, serial, zeros
 
 CHUNK = 512  # most columns of a chunk: with two blocks 32 KiB, two thirds of the first cache
-PANEL = 32  # most blocks of a panel
-SLAB = 16  # tiles of rows of x whose sums are held at once: a panel of them is 512 KiB
+PANEL = 16  # most blocks of a panel
+SLAB = 16  # tiles of rows of x whose sums are held at once: a panel of them is 256 KiB
 PIECE = 16  # columns that are expanded at once: more fill the window of instructions in flight
 SPARSE = 8  # pairs of row tiles from which every other product leaves time enough
-IMBALANCE = 1.05  # of the work of two threads, that a wide panel may cost
 
 
 def panel_blocks(blocks: int) -> int:
-    """Blocks of a panel, a multiple of 4: many, but two threads shall have about the same work."""
-    panel = PANEL
-    while panel > 4:
-        panels = -(-blocks // panel)
-        if 2 * panel * -(-panels // 2) <= IMBALANCE * blocks:
-            break
-        panel //= 2
-    return panel
+    """Blocks of a panel, a multiple of 2: as many as may be of an even number of panels.
+
+    So two threads, or any even number, have about the same work.
+    """
+    pairs = -(-blocks // 2)
+    panels = 2 * -(-pairs // PANEL)
+    return 2 * -(-pairs // panels)
 
 
 def tile_gemm(
@@ -86,16 +84,16 @@ def gated_tile_gemm(
 
 
 def _for_panels(pairs: int, work: _Panel) -> None:
-    """Let each thread multiply a panel of `pairs` pairs of blocks at a time with all rows."""
+    """Let each thread multiply a panel of `pairs` pairs of blocks with a slab at a time."""
     most = work.panel // 2
-    with parallel(-(-pairs // most)) as number:
-        first = T.bind(number * most)
+    row_tiles = T.bind(tirx.floordiv(work.m + ROWS - 1, ROWS))
+    slabs = T.bind(tirx.floordiv(row_tiles + SLAB - 1, SLAB))
+    with parallel(-(-pairs // most) * slabs) as number:
+        first = T.bind(tirx.floordiv(number, slabs) * most)
         count = T.bind(T.min(i64(most), i64(pairs) - first))
+        start = T.bind(tirx.floormod(number, slabs) * SLAB)
         work.enter()
-        row_tiles = tirx.floordiv(work.m + ROWS - 1, ROWS)
-        with serial(tirx.floordiv(row_tiles + SLAB - 1, SLAB)) as slab:
-            start = T.bind(slab * SLAB)
-            work.slab(first, count, start, T.bind(T.min(i64(SLAB), row_tiles - start)))
+        work.slab(first, count, start, T.bind(T.min(i64(SLAB), row_tiles - start)))
         amx.call(amx.RELEASE)
 
 
