@@ -2,7 +2,8 @@
 
 The cache file holds the slots that cannot be mapped from the shards themselves, at multiples of 64
 bytes in the order of the metadata; nothing else, so that its size is known before it is opened.
-One tensor at a time is in memory while it is written. Where it cannot be written the slots stay in
+One tensor at a time is in memory while it is written. Caches of other artifacts give way to it, the
+one used longest ago first, where the disk is full. Where it cannot be written the slots stay in
 memory, with a warning.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -57,7 +59,10 @@ def load_slots(
     maker = _SlotMaker(artifact, library, total, progress)
     path = cache_path(artifact, library)
     made: dict[int, Any] = {}
-    if layout and not _usable(path, size):
+    if _usable(path, size):
+        with suppress(OSError):
+            os.utime(path)  # when it was used last
+    elif layout:
         try:
             _write_cache(path, layout, size, maker)
             # The VM keeps what it freed: the repacked tensors' memory, of no more use.
@@ -164,6 +169,7 @@ def _usable(path: Path, size: int) -> bool:
 def _write_cache(path: Path, layout: dict[int, int], size: int, maker: _SlotMaker) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path.parent)
+    _make_room(path, size)
 
     def write(file: BinaryIO) -> None:
         for index, offset in layout.items():
@@ -178,6 +184,16 @@ def _write_cache(path: Path, layout: dict[int, int], size: int, maker: _SlotMake
         if old != path:
             with suppress(OSError):
                 old.unlink()
+
+
+def _make_room(path: Path, size: int) -> None:
+    """Remove other caches, the one used longest ago first, until there is room for `size` bytes."""
+    with suppress(OSError):
+        others = [other for other in path.parent.glob("*.bin") if other != path]
+        for other in sorted(others, key=lambda other: other.stat().st_mtime):
+            if shutil.disk_usage(path.parent).free >= size:
+                return
+            other.unlink()
 
 
 class _SlotMaker:

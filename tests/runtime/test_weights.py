@@ -154,6 +154,30 @@ def test_what_cannot_be_written_stays_in_memory(
     assert cache_files(tmp_path) == []
 
 
+def test_a_full_disk_takes_the_caches_used_longest_ago(
+    artifact: Any, library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache" / "repacked"
+    folder.mkdir(parents=True)
+    _, size = weights.cache_layout(artifact, library.metadata.slots)
+    for age, name in enumerate(["new", "used", "old", "older"]):
+        (folder / f"{name}-0.bin").write_bytes(bytes(size))
+        os.utime(folder / f"{name}-0.bin", (0, 1e9 - age))
+    room = 4 * size + size // 2  # for five there is none
+
+    def usage(path: Any) -> Any:
+        return SimpleNamespace(free=room - sum(f.stat().st_size for f in Path(path).glob("*.bin")))
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    weights.load_slots(artifact, library)
+    left = {path.name.split("-")[0] for path in folder.glob("*.bin")}
+    own = weights.cache_path(artifact, library)
+    assert left == {"new", "used", "old", own.name.split("-")[0]}
+    os.utime(own, (0, 0))
+    weights.load_slots(artifact, library)
+    assert own.stat().st_mtime > 1e9, "used last now"
+
+
 def test_a_cache_folder_that_cannot_be(artifact: Any, library: Any, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file", encoding="utf-8")
     with pytest.warns(UserWarning, match="not cached"):
