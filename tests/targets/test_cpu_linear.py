@@ -30,6 +30,7 @@ from qcc.targets.cpu.kernels.gemm import CHUNK
 from qcc.targets.cpu.kernels.linear import gemm, gemv
 from qcc.targets.cpu.kernels.steps import MAX_STEP, steps_of
 from qcc.targets.cpu.kernels.table_rows import table_rows
+from qcc.targets.cpu.kernels.tiles import SLAB
 from qcc.targets.cpu.passes.schedule import schedule_loops
 
 from .aarch64 import Emulated
@@ -78,6 +79,7 @@ FORMATS = [
 ROW = 297  # columns where a group is a row
 SMALL = (64, 20)  # (n, k)
 ROWS = (5, 6, 23, 43)  # of x: below, at and above the register tile's six; two and three tiles
+MORE = {TILES: (16 * SLAB + 21,)}  # two slabs
 
 
 def names(fmt: WeightFormat, n: int, k: int) -> str:
@@ -247,7 +249,7 @@ def test_kernels(processor: str, fmt: WeightFormat) -> None:
 
         for mode in modes(fmt, isa):
             close("gemv", 1, mode)
-            for m in ROWS if with_gemm else ():
+            for m in (*ROWS, *MORE.get(mode, ())) if with_gemm else ():
                 close("gemm", m, mode)
         ids = np.array([n - 1, 0, n // 2, -3, n, 2**31 - 1], np.int32)
         out = tensor(np.full((len(ids), k), np.nan, "float32"))
