@@ -187,10 +187,16 @@ def _write_cache(path: Path, layout: dict[int, int], size: int, maker: _SlotMake
 
 
 def _make_room(path: Path, size: int) -> None:
-    """Remove other caches, the one used longest ago first, until there is room for `size` bytes."""
+    """Remove other caches, the one used longest ago first, until there is room for `size` bytes.
+
+    None where all of them together would not make it.
+    """
     with suppress(OSError):
-        others = [other for other in path.parent.glob("*.bin") if other != path]
-        for other in sorted(others, key=lambda other: other.stat().st_mtime):
+        others = {other: other.stat() for other in path.parent.glob("*.bin") if other != path}
+        room = sum(stat.st_size for stat in others.values())
+        if shutil.disk_usage(path.parent).free + room < size:
+            return
+        for other in sorted(others, key=lambda other: others[other].st_mtime):
             if shutil.disk_usage(path.parent).free >= size:
                 return
             other.unlink()

@@ -169,6 +169,8 @@ def test_a_full_disk_takes_the_caches_used_longest_ago(
         return SimpleNamespace(free=room - sum(f.stat().st_size for f in Path(path).glob("*.bin")))
 
     monkeypatch.setattr("shutil.disk_usage", usage)
+    weights._make_room(folder / "huge-0.bin", room + 1)
+    assert len(list(folder.glob("*.bin"))) == 4, "all of them would not be enough"
     weights.load_slots(artifact, library)
     left = {path.name.split("-")[0] for path in folder.glob("*.bin")}
     own = weights.cache_path(artifact, library)

@@ -84,16 +84,19 @@ def gated_tile_gemm(
 
 
 def _for_panels(pairs: int, work: _Panel) -> None:
-    """Let each thread multiply a panel of `pairs` pairs of blocks with a slab at a time."""
+    """Let each thread multiply a panel of `pairs` pairs of blocks at a time with all rows.
+
+    Slabs side by side would divide by their number, over which TVM's simplifier takes 20 seconds.
+    """
     most = work.panel // 2
-    row_tiles = T.bind(tirx.floordiv(work.m + ROWS - 1, ROWS))
-    slabs = T.bind(tirx.floordiv(row_tiles + SLAB - 1, SLAB))
-    with parallel(-(-pairs // most) * slabs) as number:
-        first = T.bind(tirx.floordiv(number, slabs) * most)
+    with parallel(-(-pairs // most)) as number:
+        first = T.bind(number * most)
         count = T.bind(T.min(i64(most), i64(pairs) - first))
-        start = T.bind(tirx.floormod(number, slabs) * SLAB)
         work.enter()
-        work.slab(first, count, start, T.bind(T.min(i64(SLAB), row_tiles - start)))
+        row_tiles = tirx.floordiv(work.m + ROWS - 1, ROWS)
+        with serial(tirx.floordiv(row_tiles + SLAB - 1, SLAB)) as slab:
+            start = T.bind(slab * SLAB)
+            work.slab(first, count, start, T.bind(T.min(i64(SLAB), row_tiles - start)))
         amx.call(amx.RELEASE)
 
 
@@ -150,7 +153,8 @@ class _Panel:
             T.buffer_store(self.expanded, i64(0), [0])
             with T.If(number > 0), T.Then():
                 self._job(job, first, start, row_tiles, following, pieces)
-            with serial(pieces - self.expanded[0]):
+            left = T.bind(pieces - self.expanded[0])  # expanding counts on
+            with serial(left):
                 self._expand(following)
 
     def _job(
