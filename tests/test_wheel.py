@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("compiler", "quant_schemes", "runtime", "targets", "tutorials")
-DATA = ("quant_schemes/schemes/*.yaml", "tutorials/tiny/model/*", "tutorials/tiny/heldout.txt", "runtime/native/*.[ch]*")
+DATA = (
+    "quant_schemes/schemes/*.yaml",
+    "tutorials/tiny/model/*",
+    "tutorials/tiny/heldout.txt",
+    "runtime/native/*.[ch]*",
+)
 
 
 def run(command: list[str], folder: Path, **variables: str) -> str:
