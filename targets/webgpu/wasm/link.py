@@ -1,0 +1,58 @@
+"""One wasm module of a model's objects and the runtime: plain wasm-ld, well under a second."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from qcc.runtime.files import os_errors, write_file
+from qcc.targets.webgpu.wasm.contract import CALLED, START, check_contract
+from qcc.targets.webgpu.wasm.runtime import Tell, runtime_object
+from qcc.targets.webgpu.wasm.tools import need_tool, run_tool
+
+STACK = 5 << 20  # bytes
+INITIAL_MEMORY = 160 << 20  # bytes of the module's memory at the start, and at most
+MAX_MEMORY = 2 << 30
+FLAGS = (
+    *("--import-undefined", "--fatal-warnings", "--strip-all", "--gc-sections"),
+    *("-z", f"stack-size={STACK}"),
+    *(f"--initial-memory={INITIAL_MEMORY}", f"--max-memory={MAX_MEMORY}"),
+    *(f"--entry={START}", *(f"--export={name}" for name in CALLED)),
+)
+
+
+def link_wasm(
+    objects: Sequence[bytes | Path], path: Path, opt: int = 2, tell: Tell = lambda _: None
+) -> None:
+    """Link a model's objects with the runtime into the library at `path`, and check its contract.
+
+    Args:
+        objects: relocatable wasm objects, or the paths of such.
+        path: the library; it is there whole or, after an error, not at all.
+        opt: from 3 on wasm-opt makes it small, in a minute.
+        tell: shows a text while something takes long.
+
+    Raises:
+        QccError: a program is missing or fails, a symbol that nobody has, the disk is full.
+    """
+    runtime = runtime_object(tell)
+    linker = need_tool("wasm-ld")
+    optimizer = need_tool("wasm-opt") if opt >= 3 else None
+    with os_errors(path, "write"), tempfile.TemporaryDirectory(prefix="qcc-wasm-") as work:
+        files = [_as_file(item, Path(work) / f"{index}.o") for index, item in enumerate(objects)]
+        linked = Path(work) / "linked.wasm"
+        run_tool([linker, "-o", linked, *files, runtime, *FLAGS])
+        if optimizer is not None:
+            tell("wasm: making it small, about a minute")
+            run_tool([optimizer, "-Oz", "--enable-exception-handling", linked, "-o", linked])
+        wasm = linked.read_bytes()
+        check_contract(wasm, path)
+        write_file(path, wasm)
+
+
+def _as_file(item: bytes | Path, path: Path) -> Path:
+    if isinstance(item, Path):
+        return item
+    path.write_bytes(item)
+    return path
