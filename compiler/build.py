@@ -187,7 +187,7 @@ def build_library(
     path: Path,
     dump: Path | None = None,
 ) -> dict[str, Any]:
-    """Compile for one target and write the library at `path`; returns its metadata."""
+    """Compile for one target and write the library at `path`; returns what a machine must have."""
     import tvm
     from tvm import relax as rx
 
@@ -196,11 +196,10 @@ def build_library(
     from qcc.compiler.passes.hoist_repack import HoistRepack
 
     target, _ = spec.resolve(options)
-    made: dict[str, Any] = {}
     hoist = HoistRepack()
 
     def describe(usage: dict[str, int]) -> dict[str, Any]:
-        made.update(_metadata(plan, specs, spec, target, hoist, usage))
+        made = _metadata(plan, specs, spec, target, hoist, usage)
         made["qcc"]["precision"] = options.precision
         return made
 
@@ -219,8 +218,7 @@ def build_library(
     module = pipeline.run(module, passes, target, dump)
     with target, tvm.transform.PassContext(disabled_pass=list(spec.needless_passes)):
         executable = rx.build(module, target, relax_pipeline=None)
-    spec.export(executable, path, options)
-    return made
+    return {**spec.requires(target), **spec.export(executable, path, options)}
 
 
 def _metadata(

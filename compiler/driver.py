@@ -100,8 +100,8 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
                 path = work / f"{name}.{target.library_extension}"
                 dump = options.dump_ir
                 dump = dump / name if dump and len(libraries) > 1 else dump
-                build_library(plan, specs, target, build, path, dump)
-                built[name] = path, target.requires(machine), target.rank(machine)
+                needs = build_library(plan, specs, target, build, path, dump)
+                built[name] = path, needs, target.rank(machine)
                 step.note = f"{name}, {path.stat().st_size / 1e6:.1f} MB"
         manifest: dict[str, Any] = {
             "source": {

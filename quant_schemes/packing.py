@@ -276,53 +276,98 @@ def dequantize_expr(
         row_length: the weight's k.
         dtype: what every step is computed in.
     """
-    from tvm import tirx
-
     assert not fmt.is_float, "a float format has no codes"
-    named = dict(zip([part.suffix for part in fmt.stored(1, row_length)], parts, strict=True))
-    row = n * 0 if fmt.group == "tensor" else n
+    read = _Read(fmt, parts, n, k, row_length)
+    q = read.code("q_weight", n, k, fmt.bits, fmt.sparse_words)
+    if fmt.grid == "mxfp4":
+        number = mxfp4.number_expr(q.astype("uint32")) * read.power()
+        return number.astype(dtype)
+    scale, offset = read.scale(dtype), read.offset(dtype)
+    if fmt.grid == "asymmetric":
+        return q.astype(dtype) * scale + offset
+    return (q - offset).astype(dtype) * scale
 
-    def at(suffix: str, r: Any, column: Any) -> Any:
-        return named[suffix][r, column] if fmt.layout == "NK" else named[suffix][column, r]
 
-    def code(suffix: str, r: Any, index: Any, bits: int, sparse: bool = False) -> Any:
+def grid_expr(
+    fmt: WeightFormat, parts: Sequence[Any], n: Any, k: Any, row_length: int, dtype: str
+) -> tuple[Any, Any]:
+    """(scale, offset) of the group that element [n, k] is in; see `dequantize_expr`.
+
+    Returns:
+        The scale in `dtype` (for mxfp4 the power of two, float32), and by the grid: the bias in
+        `dtype`, the code of zero int32, or for mxfp4 None.
+    """
+    read = _Read(fmt, parts, n, k, row_length)
+    if fmt.grid == "mxfp4":
+        return read.power(), None
+    return read.scale(dtype), read.offset(dtype)
+
+
+class _Read:
+    """The numbers around element [n, k] of a quantized weight, as TIR expressions."""
+
+    def __init__(
+        self, fmt: WeightFormat, parts: Sequence[Any], n: Any, k: Any, row_length: int
+    ) -> None:
+        from tvm import tirx
+
+        self.fmt, self.column = fmt, k
+        self.row = n * 0 if fmt.group == "tensor" else n
+        # A Python int takes the dtype of the index: FuseTIR refuses a mix of int32 and int64.
+        self.group = tirx.floordiv(k, fmt.group_size(row_length))
+        suffixes = [part.suffix for part in fmt.stored(1, row_length)]
+        self.named = dict(zip(suffixes, parts, strict=True))
+
+    def at(self, suffix: str, row: Any, column: Any) -> Any:
+        """An element of a stored part."""
+        part = self.named[suffix]
+        return part[row, column] if self.fmt.layout == "NK" else part[column, row]
+
+    def code(self, suffix: str, row: Any, index: Any, bits: int, sparse: bool = False) -> Any:
         """Code `index` of a stream, int32."""
+        from tvm import tirx
+
         if sparse:
             word, first = tirx.floordiv(index, 32 // bits), tirx.floormod(index, 32 // bits) * bits
         else:
             word, first = tirx.floordiv(index * bits, 32), tirx.floormod(index * bits, 32)
         shift = first.astype("uint32")
-        value = at(suffix, r, word) >> shift
+        value = self.at(suffix, row, word) >> shift
         if not sparse and 32 % bits:
             # The code's upper bits lie in the next word; where they do not, it is not read.
             rest = tirx.const(32, "uint32") - shift
-            over = at(suffix, r, word + 1) << rest
+            over = self.at(suffix, row, word + 1) << rest
             none = tirx.const(0, "uint32")
             value = value | tirx.if_then_else(first + bits > 32, over, none)
         return (value & tirx.const(2**bits - 1, "uint32")).astype("int32")
 
-    def of_block(suffix: str, base: int, block: str) -> Any:
-        assert fmt.scale_bits is not None
-        small = code(suffix, row, group, fmt.scale_bits) - tirx.const(base, "int32")
-        return small.astype(dtype) * at(block, row, tirx.floordiv(k, BLOCK)).astype(dtype)
+    def power(self) -> Any:
+        """The power of two of a group of mxfp4, float32."""
+        exponent = self.code("q_scale", self.row, self.group, 8).astype("uint32")
+        return mxfp4.power_expr(exponent)
 
-    # A Python int takes the dtype of the index: FuseTIR refuses a mix of int32 and int64.
-    group = tirx.floordiv(k, fmt.group_size(row_length))
-    q = code("q_weight", n, k, fmt.bits, fmt.sparse_words)
-    if fmt.grid == "mxfp4":
-        exponent = code("q_scale", row, group, 8).astype("uint32")
-        number = mxfp4.number_expr(q.astype("uint32")) * mxfp4.power_expr(exponent)
-        return number.astype(dtype)
-    if fmt.two_level:
-        scale = of_block("q_scale", fmt.scale_zero, "q_block_scale")
-    else:
-        scale = at("q_scale", row, group).astype(dtype)
-    if fmt.grid == "asymmetric":
-        two = fmt.two_level
-        bias = of_block("q_bias", 0, "q_block_bias") if two else at("q_bias", row, group)
-        return q.astype(dtype) * scale + bias.astype(dtype)
-    if fmt.grid == "zero_point":
-        zero = code("q_zero", row, group, fmt.bits)
-    else:
-        zero = tirx.const(fmt.zero_code, "int32")
-    return (q - zero).astype(dtype) * scale
+    def scale(self, dtype: str) -> Any:
+        """Of the group, in `dtype`."""
+        if self.fmt.two_level:
+            return self._of_block("q_scale", self.fmt.scale_zero, "q_block_scale", dtype)
+        return self.at("q_scale", self.row, self.group).astype(dtype)
+
+    def offset(self, dtype: str) -> Any:
+        """The group's bias in `dtype`, or the code of zero int32."""
+        from tvm import tirx
+
+        if self.fmt.grid == "asymmetric":
+            if self.fmt.two_level:
+                return self._of_block("q_bias", 0, "q_block_bias", dtype)
+            return self.at("q_bias", self.row, self.group).astype(dtype)
+        if self.fmt.grid == "zero_point":
+            return self.code("q_zero", self.row, self.group, self.fmt.bits)
+        return tirx.const(self.fmt.zero_code, "int32")
+
+    def _of_block(self, suffix: str, base: int, block: str, dtype: str) -> Any:
+        from tvm import tirx
+
+        assert self.fmt.scale_bits is not None
+        code = self.code(suffix, self.row, self.group, self.fmt.scale_bits)
+        number = self.at(block, self.row, tirx.floordiv(self.column, BLOCK))
+        return (code - tirx.const(base, "int32")).astype(dtype) * number.astype(dtype)

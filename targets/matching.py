@@ -5,11 +5,13 @@ Decides on `qcc.role` and `qcc.format` alone; knows no device.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import tvm
 from tvm import relax as rx
+from tvm import tirx
 from tvm.relax.expr_functor import PyExprVisitor, visitor
 
 from qcc.quant_schemes.attributes import (
@@ -42,6 +44,19 @@ def weighted_functions(mod: tvm.IRModule) -> list[tuple[Any, rx.Function]]:
         if isinstance(func, rx.Function) and func.attrs and "num_input" in func.attrs
     ]
     return sorted(found, key=lambda item: str(item[0].name_hint))
+
+
+def is_one(extent: Any) -> bool:
+    """Whether an extent is the constant 1."""
+    return isinstance(extent, tirx.IntImm) and int(extent) == 1
+
+
+def product_of(extents: Iterable[Any]) -> Any:
+    """The product of extents of a shape, an IntImm where it is known."""
+    found: Any = tirx.IntImm("int64", 1)
+    for extent in extents:
+        found = found * extent
+    return tvm.sym.Analyzer().simplify(found)
 
 
 def is_op(call: Any, name: str) -> bool:

@@ -137,8 +137,9 @@ class TargetSpec:
     can run, the runtime prefers the highest;
     `kv_kernels(config, target)` the attention kernels; `kv_storages(config, target)` how a cache
     can keep its numbers, that of the compute dtype first (none: there is no choice);
-    `export(executable, path, options)` writes the library; `needless_passes` names steps of TVM's
-    lowering that cost time and change nothing.
+    `export(executable, path, options)` writes the library and returns what its code needs besides,
+    as entries for `requires`; `needless_passes` names steps of TVM's lowering that cost time and
+    change nothing.
     """
 
     name: str
@@ -150,7 +151,7 @@ class TargetSpec:
     passes: Callable[[str, Any, int], Sequence[Any]]
     requires: Callable[[Any], Mapping[str, Any]]
     kv_kernels: Callable[[KVCacheConfig, Any], KVKernels]
-    export: Callable[[Any, Path, BuildOptions], None]
+    export: Callable[[Any, Path, BuildOptions], Mapping[str, Any]]
     rank: Callable[[Any], tuple[str, int]] = lambda _: ("", 0)
     needless_passes: tuple[str, ...] = ()
     kv_storages: Callable[[KVCacheConfig, Any], tuple[KVStorage, ...]] = lambda *_: ()

@@ -5,7 +5,6 @@ After:   p = packed[7]; y = call_tir(gemv, (x, p, ...))     # packed now holds s
          def repack_0(t): return call_tir(repack, (t,))     # exported
 
 Every function takes the same tuple of slots, the union over all functions: a slot is a stored
-Every function takes the same tuple of slots, the union over all functions: a slot is a stored
 tensor as it is, one repack function of stored tensors, or a setting: what call_tir(setting, ())
 stood for, a tensor that the runtime fills. `slots` on the pass holds the table afterwards. Behind
 them come the extents (targets/extents.py) that any function reads, one tensor each, whose extent is

@@ -135,8 +135,8 @@ def find_linker(machine: str) -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def export(executable: Any, path: Path, options: BuildOptions) -> None:
-    """Write the compiled VM executable as a shared library at `path`.
+def export(executable: Any, path: Path, options: BuildOptions) -> dict[str, Any]:
+    """Write the compiled VM executable as a shared library at `path`; it needs nothing besides.
 
     Raises:
         QccError: no linker, or the linker failed; the message says which package has it.
@@ -160,6 +160,7 @@ def export(executable: Any, path: Path, options: BuildOptions) -> None:
         linked = Path(work) / path.name
         executable.export_library(str(linked), fcompile=_with_format(link), workspace_dir=work)
         shutil.move(linked, path)
+    return {}
 
 
 def _with_format(link: Any) -> Any:

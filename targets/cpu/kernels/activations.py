@@ -25,15 +25,8 @@ from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.amx import COLUMNS, ROWS, WORDS
 from qcc.targets.cpu.kernels.row_sources import RowSource, Stored
 from qcc.targets.cpu.kernels.steps import steps_of
-from qcc.targets.cpu.kernels.tir import (
-    i64,
-    kernel,
-    lanes_from,
-    parallel,
-    serial,
-    splat,
-    tree_sum,
-)
+from qcc.targets.cpu.kernels.tir import lanes_from, parallel, serial, splat, tree_sum
+from qcc.targets.kernel import i64, kernel
 
 GROUP = UNIT  # columns under one scale
 TOP = 127

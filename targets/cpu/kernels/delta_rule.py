@@ -20,7 +20,8 @@ from tvm.tirx.script.builder import ir as T
 from qcc.quant_schemes.attributes import CAUSAL_CONV, DELTA_RULE, ROLE, SUM_RULE
 from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels import vectors as vx
-from qcc.targets.cpu.kernels.tir import fma, i64, kernel, lanes_from, parallel, serial, splat, zeros
+from qcc.targets.cpu.kernels.tir import fma, lanes_from, parallel, serial, splat, zeros
+from qcc.targets.kernel import i64, kernel
 
 # Vectors side by side in a block: of columns of a state, of channels.
 COLUMNS, CHANNELS = 4, 32

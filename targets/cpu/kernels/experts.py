@@ -21,7 +21,8 @@ from qcc.targets.cpu.kernels.gemm import Rows, multiply_panel
 from qcc.targets.cpu.kernels.gemv import products, store_lanes, sums_of
 from qcc.targets.cpu.kernels.integer import integer_products
 from qcc.targets.cpu.kernels.layout import packed_parts, row_blocks
-from qcc.targets.cpu.kernels.tir import i64, kernel, parallel, serial
+from qcc.targets.cpu.kernels.tir import parallel, serial
+from qcc.targets.kernel import i64, kernel
 
 FEW = 3  # pairs of an expert
 AT_ONCE = 4  # pairs of an expert that share unpacked codes

@@ -16,16 +16,8 @@ from tvm.tirx.script.builder import ir as T
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels.steps import Step, steps_of
-from qcc.targets.cpu.kernels.tir import (
-    extents,
-    fma,
-    i64,
-    lanes_from,
-    registers,
-    serial,
-    splat,
-    zeros,
-)
+from qcc.targets.cpu.kernels.tir import fma, lanes_from, registers, serial, splat, zeros
+from qcc.targets.kernel import extents, i64
 
 CHUNK = 128  # columns of a panel: 128 x 64 f32 is 32 KiB
 

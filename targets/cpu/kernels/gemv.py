@@ -16,9 +16,7 @@ from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa, vector
 from qcc.targets.cpu.kernels.steps import Step, steps_of
 from qcc.targets.cpu.kernels.tir import (
-    extents,
     fma,
-    i64,
     lanes_from,
     lines_ahead,
     prefetch,
@@ -28,6 +26,7 @@ from qcc.targets.cpu.kernels.tir import (
     tree_sum,
     zeros,
 )
+from qcc.targets.kernel import extents, i64
 
 CHAINS = 8  # independent accumulators: FMA latency 4 x 2 ports
 CHAIN_COLUMNS = 4  # columns of a segment for each of its chains; other segments run beside it

@@ -20,7 +20,6 @@ from qcc.targets.cpu.kernels.quads import QUAD
 from qcc.targets.cpu.kernels.steps import Numbers, Step, steps_of
 from qcc.targets.cpu.kernels.tir import (
     fma,
-    i64,
     lanes_from,
     lines_ahead,
     prefetch,
@@ -29,6 +28,7 @@ from qcc.targets.cpu.kernels.tir import (
     splat,
     zeros,
 )
+from qcc.targets.kernel import i64
 
 UNROLLED = 128  # columns of a loop iteration for one row
 SCALES_AHEAD = 512  # bytes from the scales in use to those that are prefetched

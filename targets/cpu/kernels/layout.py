@@ -26,7 +26,8 @@ from qcc.quant_schemes.format import UNIT, WeightFormat
 from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels.decode import code_scalar
 from qcc.targets.cpu.kernels.quads import row_words, words_of_codes
-from qcc.targets.cpu.kernels.tir import i64, kernel, parallel, serial
+from qcc.targets.cpu.kernels.tir import parallel, serial
+from qcc.targets.kernel import i64, kernel
 
 STREAMED_GROUP = 16  # columns of the widest group whose 4-bit scale codes are read from words
 

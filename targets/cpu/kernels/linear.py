@@ -32,7 +32,8 @@ from qcc.targets.cpu.kernels.integer import integer_products
 from qcc.targets.cpu.kernels.layout import packed_parts, row_blocks
 from qcc.targets.cpu.kernels.row_sources import Gated
 from qcc.targets.cpu.kernels.tiles import gated_tile_gemm, tile_gemm
-from qcc.targets.cpu.kernels.tir import i64, kernel, parallel, serial
+from qcc.targets.cpu.kernels.tir import parallel, serial
+from qcc.targets.kernel import i64, kernel
 
 ROW_TILES = (4, 8)  # rows of x that share unpacked codes; the last for any number
 

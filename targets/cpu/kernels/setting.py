@@ -12,7 +12,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from qcc.quant_schemes.attributes import ROLE, SETTING, SETTING_NAME
-from qcc.targets.cpu.kernels.tir import kernel
+from qcc.targets.kernel import kernel
 
 PRECISION = "precision"  # int32[1], one of the modes of kernels/activations.py
 

@@ -13,7 +13,8 @@ from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.cpu.isa import Isa
 from qcc.targets.cpu.kernels.layout import packed_parts
 from qcc.targets.cpu.kernels.steps import scalar_weight
-from qcc.targets.cpu.kernels.tir import kernel, parallel, serial
+from qcc.targets.cpu.kernels.tir import parallel, serial
+from qcc.targets.kernel import kernel
 
 
 @cache

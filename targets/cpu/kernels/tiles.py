@@ -25,7 +25,8 @@ from qcc.targets.cpu.kernels.gemv import store_lanes
 from qcc.targets.cpu.kernels.layout import row_blocks
 from qcc.targets.cpu.kernels.row_sources import Gated
 from qcc.targets.cpu.kernels.steps import Step, steps_of
-from qcc.targets.cpu.kernels.tir import extents, i64, lanes_from, parallel, serial, zeros
+from qcc.targets.cpu.kernels.tir import lanes_from, parallel, serial, zeros
+from qcc.targets.kernel import extents, i64
 
 CHUNK = 512  # most columns of a chunk: with two blocks 32 KiB, two thirds of the first cache
 PANEL = 16  # most blocks of a panel

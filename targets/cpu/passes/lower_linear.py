@@ -38,19 +38,22 @@ from qcc.targets.cpu.kernels.linear import gated_gemm, gemm, gemv
 from qcc.targets.cpu.kernels.row_sources import Gated, RowSource
 from qcc.targets.cpu.kernels.setting import PRECISION, setting
 from qcc.targets.cpu.kernels.table_rows import table_rows
-from qcc.targets.cpu.passes.match_source import Uses, match_source
+from qcc.targets.cpu.passes.match_source import match_source
 from qcc.targets.matching import (
     Bindings,
     ExpertLayer,
     Weight,
+    is_one,
     is_op,
     match_experts,
     match_linear,
     match_rows,
     multiplied,
     packed_index,
+    product_of,
     weighted_functions,
 )
+from qcc.targets.sources import Uses, uses_of
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerLinear")
@@ -81,13 +84,13 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         self.prepared: dict[tuple[Any, Activations], list[Any]] = {}
         self.mode: Any = None
         self.summands: dict[Any, Weight] = {}  # products that the kernel of a sum will make
-        self.uses: dict[Any, list[rx.Call | None]] = {}
+        self.uses: Uses = {}
         self.added: dict[tirx.PrimFunc, Any] = {}  # the builder would hash a kernel every time
 
     def function(self, gv: Any, func: rx.Function) -> None:
         self.bindings, self.packed, self.orders = {}, {}, {}
         self.flat, self.prepared, self.mode, self.summands = {}, {}, None, {}
-        self.uses = Uses().find(func)
+        self.uses = uses_of(func)
         self.builder_.update_func(gv, self.visit_expr(func))
 
     def visit_var_binding_(self, binding: rx.VarBinding) -> None:
@@ -161,8 +164,8 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
 
     def _linear(self, match: Weight, x: rx.Expr, ty: Any, added: rx.Expr | None = None) -> rx.Expr:
         """A linear layer, and what is added to it; x and that are of the old function."""
-        rows = _product(list(x.ty.shape)[:-1])
-        single = _is_one(rows)
+        rows = product_of(list(x.ty.shape)[:-1])
+        single = is_one(rows)
         make = gemv if single else gemm
         func = make(match.format, match.n, match.k, self.isa, added is not None)
         gv = self._add(func, "gemv" if single else "gemm")
@@ -176,7 +179,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
 
     def _activations(self, match: Weight, x: rx.Expr, rows: Any) -> list[Any]:
         """What a kernel takes before the parts of a weight."""
-        kind = Activations.of(match.format, match.k, _is_one(rows), self.isa)
+        kind = Activations.of(match.format, match.k, is_one(rows), self.isa)
         if x not in self.flat:
             found = match_source(self.bindings, x, match.k)
             kinds = self._kinds_of_uses(x) if found else None
@@ -190,7 +193,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         if kind is None:
             return [self.flat[x]]
         if (x, kind) not in self.prepared:
-            func = prepare(kind, 1 if _is_one(rows) else None, self.isa)
+            func = prepare(kind, 1 if is_one(rows) else None, self.isa)
             self.prepared[x, kind] = self._prepare(func, [self.flat[x]], kind.parts(rows))
         return [self.flat[x], *self.prepared[x, kind], self._mode()]
 
@@ -201,8 +204,8 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
             match = None if call is None else match_linear(self.mod, self.bindings, call)
             if call is None or match is None or not call.args[0].same_as(x):
                 return None
-            rows = _product(list(x.ty.shape)[:-1])
-            kinds.add(Activations.of(match.format, match.k, _is_one(rows), self.isa))
+            rows = product_of(list(x.ty.shape)[:-1])
+            kinds.add(Activations.of(match.format, match.k, is_one(rows), self.isa))
         return kinds
 
     def _computed(
@@ -223,7 +226,7 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         args = []
         for (_, shape, _), value in zip(source.args(rows), inputs, strict=True):
             args.append(self.builder_.emit(rx.op.reshape(self.visit_expr(value), shape)))
-        func = prepare(kind, 1 if _is_one(rows) else None, self.isa, source, keeps)
+        func = prepare(kind, 1 if is_one(rows) else None, self.isa, source, keeps)
         y = ("y", (rows, kind.k), "float32")
         self.flat[x], *parts = self._prepare(func, args, [y, *kind.parts(rows)])
         self.prepared[x, kind] = parts
@@ -281,13 +284,13 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         parts = self._repacked(weight, layer.experts)
         x, ids = self.visit_expr(layer.x), self.visit_expr(layer.ids)
         tokens, slots = ids.ty.shape
-        rows, pairs = _product(list(x.ty.shape)[:-1]), _product([tokens, slots])
+        rows, pairs = product_of(list(x.ty.shape)[:-1]), product_of([tokens, slots])
         given = [self.builder_.emit(rx.op.reshape(x, (rows, k)))]
         kind = Activations.of(weight.format, k, True, self.isa)
         if kind is not None:
             func = prepare(kind, int(rows) if isinstance(rows, tirx.IntImm) else None, self.isa)
             given += [*self._prepare(func, given, kind.parts(rows)), self._mode()]
-        if _is_one(tokens):
+        if is_one(tokens):
             sizes = layer.experts, n, k, int(rows), int(pairs)
             gv = self._add(experts_gemv(weight.format, *sizes, self.isa), "experts_gemv")
             args = [*given, *parts, self.builder_.emit(rx.op.reshape(ids, (pairs,)))]
@@ -316,15 +319,3 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
         gv = self._add(func, "table_rows")
         out = rx.TensorType(ty.shape, "float32")
         return rx.call_tir(gv, [*self._repacked(table), ids], out_ty=out)
-
-
-def _is_one(extent: Any) -> bool:
-    return isinstance(extent, tirx.IntImm) and int(extent) == 1
-
-
-def _product(extents: list[Any]) -> Any:
-    """The product of extents of a shape, an IntImm where it is known."""
-    product: Any = tirx.IntImm("int64", 1)
-    for extent in extents:
-        product = product * extent
-    return tvm.sym.Analyzer().simplify(product)

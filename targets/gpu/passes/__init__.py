@@ -1,0 +1,29 @@
+"""Relax passes that GPU targets share, in their order.
+
+lower_linear.py   linear layers to kernels, with what comes before and after
+match_product.py  what such a kernel takes over
+widen_matmul.py  other products sum in f32
+schedule.py       the rest, by TVM's rules
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qcc.targets.gpu.limits import Limits
+
+
+def lowering(limits: Limits, opt: int) -> list[Any]:
+    """The passes of phase `lower`; O0 has none."""
+    from qcc.targets.gpu.passes.lower_linear import LowerLinear
+    from qcc.targets.gpu.passes.widen_matmul import WidenMatmul
+
+    return [*([LowerLinear(limits)] if opt >= 1 else []), WidenMatmul()]
+
+
+def scheduling(target: Any, limits: Limits) -> list[Any]:
+    """The passes of phase `schedule`."""
+    from qcc.targets.gpu.check import CheckGrids
+    from qcc.targets.gpu.passes.schedule import ScheduleKernels
+
+    return [ScheduleKernels(target), CheckGrids(limits)]
