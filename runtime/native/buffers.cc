@@ -176,6 +176,7 @@ void Gpu::write(Buffer* to, uint64_t offset, const void* data, uint64_t bytes) {
 }
 
 void Gpu::read(Buffer* from, uint64_t offset, void* data, uint64_t bytes) {
+  alive("reading a buffer");
   auto* to = static_cast<uint8_t*>(data);
   while (bytes) {
     uint64_t start = offset / 4 * 4;

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from contextlib import suppress
@@ -87,13 +88,14 @@ def _includes() -> list[str]:
     return [part for folder in folders for part in ("-isystem", str(folder))]
 
 
-def _compiler() -> str:
-    named = os.environ.get("CXX")
-    for name in (named,) if named else COMPILERS:
-        if found := shutil.which(name):
-            return found
+def _compiler() -> list[str]:
+    """$CXX with its options, or the first of COMPILERS that is there."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [[name] for name in COMPILERS]:
+        if shutil.which(command[0]):
+            return command
     raise QccError(
-        f"Vulkan needs a C++ compiler, and found no {named or COMPILERS[0]}: apt install g++"
+        f"Vulkan needs a C++ compiler, and found no {(named or COMPILERS)[0]}: apt install g++"
     )
 
 
@@ -104,7 +106,7 @@ def _compile(path: Path, includes: list[str]) -> None:
     """
     temporary = temporary_name(path)
     sources = [str(FOLDER / name) for name in SOURCES]
-    command = [_compiler(), *OPTIONS, *includes, *sources, "-o", str(temporary)]
+    command = [*_compiler(), *OPTIONS, *includes, *sources, "-o", str(temporary)]
     try:
         with os_errors(path, "write"):
             done = subprocess.run(command, capture_output=True, text=True, check=False)

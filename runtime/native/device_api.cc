@@ -51,6 +51,7 @@ class WgpuDeviceAPI final : public DeviceAPI {
       *rv = static_cast<int64_t>(exists);
       return;
     }
+    *rv = nullptr;
     const Gpu& gpu = Gpu::get(dev.device_id);
     const WGPULimits& limits = gpu.limits();
     switch (kind) {
@@ -58,7 +59,7 @@ class WgpuDeviceAPI final : public DeviceAPI {
         *rv = static_cast<int64_t>(limits.maxComputeInvocationsPerWorkgroup);
         break;
       case tvm::runtime::kWarpSize:
-        *rv = static_cast<int64_t>(gpu.subgroup());
+        if (gpu.subgroup()) *rv = static_cast<int64_t>(gpu.subgroup());
         break;
       case tvm::runtime::kMaxSharedMemoryPerBlock:
         *rv = static_cast<int64_t>(limits.maxComputeWorkgroupStorageSize);
@@ -76,8 +77,8 @@ class WgpuDeviceAPI final : public DeviceAPI {
       case tvm::runtime::kApiVersion:
         *rv = static_cast<int64_t>(wgpuGetVersion());
         break;
-      default:  // WebGPU tells neither clocks nor how much memory there is
-        *rv = nullptr;
+      default:
+        break;  // WebGPU tells neither clocks nor how much memory there is
     }
   }
 
@@ -123,6 +124,11 @@ class WgpuDeviceAPI final : public DeviceAPI {
     }
   }
 };
+
+void close(int index) {
+  auto guard = lock();
+  Gpu::get(index).close();
+}
 
 void* device_api() {
   static DeviceAPI* api = new WgpuDeviceAPI;
@@ -175,7 +181,8 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("device_api.vulkan", device_api)
       .def("device_api.webgpu", device_api)
       .def("qcc.vulkan.adapters", adapters)
-      .def("qcc.vulkan.counters", counters);
+      .def("qcc.vulkan.counters", counters)
+      .def("qcc.vulkan.close", close);
 }
 
 }  // namespace qcc

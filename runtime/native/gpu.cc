@@ -11,8 +11,9 @@ namespace qcc {
 namespace {
 
 // Dispatches in one submission at most: enough to hide what a submission costs (some 30 us), few
-// enough that the GPU begins while the rest is being recorded.
-constexpr size_t kBatch = 256;
+// enough that the GPU begins while the rest is being recorded. A uniform block takes its alignment
+// on the adapter, or more.
+constexpr uint64_t kBatch = 256, kUniform = 64;
 
 int rank(WGPUAdapter adapter) {
   WGPUAdapterInfo info{};
@@ -67,15 +68,13 @@ Gpu& Gpu::get(int index) {
   // Never destroyed: tensors may outlive the end of main.
   static auto* opened = new std::map<int, Gpu*>;
   auto known = opened->find(index);
-  if (known != opened->end()) return *known->second;
+  if (known != opened->end() && known->second->lost_.empty()) return *known->second;
   int count = static_cast<int>(adapters().size());
   if (index < 0 || index >= count) {
     TVM_FFI_THROW(ValueError) << "vulkan:" << index << ": this machine has " << count
                               << " Vulkan adapters";
   }
-  Gpu* gpu = new Gpu(adapters()[index], index);
-  opened->emplace(index, gpu);
-  return *gpu;
+  return *((*opened)[index] = new Gpu(adapters()[index], index));
 }
 
 Gpu::Gpu(WGPUAdapter adapter, int index) {
@@ -122,10 +121,17 @@ Gpu::Gpu(WGPUAdapter adapter, int index) {
   }
   device_ = opened.device;
   queue_ = wgpuDeviceGetQueue(device_);
-  uint64_t slot = limits_.minUniformBufferOffsetAlignment;
-  uniform_ = create(kBatch * slot, WGPUBufferUsage_Uniform | WGPUBufferUsage_CopyDst);
+  uniform_size_ = kBatch * std::max<uint64_t>(limits_.minUniformBufferOffsetAlignment, kUniform);
+  uniform_ = create(uniform_size_, WGPUBufferUsage_Uniform | WGPUBufferUsage_CopyDst);
   check("allocating uniforms");
-  uniforms_.reserve(kBatch * slot);
+}
+
+void Gpu::close() {
+  end_pass();
+  discard();
+  wgpuDeviceDestroy(device_);
+  wgpuDevicePoll(device_, false, nullptr);
+  if (lost_.empty()) lost_ = "the device is lost: it was closed";
 }
 
 void Gpu::alive(const std::string& doing) {
@@ -166,8 +172,9 @@ void Gpu::dispatch(const std::string& name, WGPUComputePipeline pipeline, const 
                                 << " a dimension";
     }
   }
+  if (!lost_.empty()) alive("kernel " + name);
   uint64_t slot = round_up(layout.uniform_bytes, limits_.minUniformBufferOffsetAlignment);
-  if (uniforms_.size() + slot > uniforms_.capacity()) flush();
+  if (batch_names_.size() == kBatch || uniforms_.size() + slot > uniform_size_) flush();
   WGPUBindGroup bound = group(layout, buffers);
   if (!pass_) pass_ = wgpuCommandEncoderBeginComputePass(encoder(), nullptr);
   uint32_t offset = static_cast<uint32_t>(uniforms_.size());

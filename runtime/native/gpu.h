@@ -57,8 +57,11 @@ class Gpu {
  public:
   // Adapters that can compute, the best kind first: discrete, integrated, others, CPU.
   static const std::vector<WGPUAdapter>& adapters();
-  // The device of adapter `index`, opened on first use; throws where there is none.
+  // The device of adapter `index`, opened on first use and again after it was lost; throws where
+  // there is none. Tensors of a lost device stay lost.
   static Gpu& get(int index);
+  // End the device as a lost one ends: what it holds is gone.
+  void close();
 
   Buffer* allocate(uint64_t bytes);
   void free(Buffer* buffer);
@@ -120,6 +123,7 @@ class Gpu {
   WGPUSubmissionIndex last_ = 0;
 
   WGPUBuffer uniform_ = nullptr;
+  uint64_t uniform_size_ = 0;
   std::vector<uint8_t> uniforms_;
   WGPUBuffer staging_ = nullptr;
   uint64_t staging_size_ = 0;
