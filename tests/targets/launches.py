@@ -6,6 +6,7 @@ TVM's own split into host and device code is taken between two passes of a norma
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,34 @@ from typing import Any
 import numpy as np
 import tvm
 from tvm import tirx
-from tvm.sym import Analyzer
 
 TARGET = tvm.target.Target(
     {"kind": "webgpu"},
     host={"kind": "llvm", "mtriple": "wasm32-unknown-unknown-wasm", "mcpu": "mvp"},
 )
 DIMENSIONS = [f"{index}Idx.{axis}" for index in ("block", "thread") for axis in "xyz"]
+BINARY = {
+    tirx.Add: operator.add,
+    tirx.Sub: operator.sub,
+    tirx.Mul: operator.mul,
+    tirx.FloorDiv: operator.floordiv,
+    tirx.FloorMod: operator.mod,
+    tirx.Min: min,
+    tirx.Max: max,
+    tirx.EQ: operator.eq,
+    tirx.NE: operator.ne,
+    tirx.LT: operator.lt,
+    tirx.LE: operator.le,
+    tirx.GT: operator.gt,
+    tirx.GE: operator.ge,
+    tirx.And: lambda a, b: a and b,
+    tirx.Or: lambda a, b: a or b,
+    tirx.LShift: operator.lshift,
+    tirx.RShift: operator.rshift,
+    tirx.BitwiseAnd: operator.and_,
+    tirx.BitwiseOr: operator.or_,
+    tirx.BitwiseXor: operator.xor,
+}
 ELEMENTS_BEFORE = 16  # of an argument whose elem_offset is a variable, times its offset_factor
 
 
@@ -85,30 +107,25 @@ class _Interpreter:
         self.memory: list[Memory] = []
         self.launches: list[Launch] = []
         self.scalars: dict[Any, Any] = {}
-        self.analyzer = Analyzer()
         self.places: dict[Any, int] = {}  # a buffer -> its memory
+        self.pointers: dict[Any, int] = {}  # a pointer to one as vectors -> its memory
 
     def bind(self, param: Any, arg: Any, number: int) -> None:
         if not isinstance(param.ty, tirx.BufferType):
-            self.know(param, arg)
+            self.scalars[param] = arg
             return
         assert isinstance(arg, np.ndarray), f"{param} is a buffer, not {arg!r}"
         for extent, length in zip(param.shape, arg.shape, strict=True):
             if isinstance(extent, tirx.Var) and extent not in self.scalars:
-                self.know(extent, length)
+                self.scalars[extent] = length
         start = 0
         if isinstance(param.elem_offset, tirx.Var):
             # in use it is where the array starts in its storage: never only 0
             start = ELEMENTS_BEFORE * max(int(param.offset_factor), 1)
-            self.know(param.elem_offset, start)
+            self.scalars[param.elem_offset] = start
         first = start * arg.itemsize
         self.places[param] = len(self.memory)
         self.memory.append(Memory(first + arg.nbytes, number, first))
-
-    def know(self, var: Any, value: int | float) -> None:
-        self.scalars[var] = tirx.const(value, var.ty.dtype)
-        if not isinstance(value, float):
-            self.analyzer.bind(var, self.scalars[var])
 
     def check(self, params: Sequence[Any], args: Sequence[Any]) -> None:
         """Shapes and dtypes, as the host function itself asserts them."""
@@ -120,12 +137,28 @@ class _Interpreter:
                 )
 
     def value(self, expr: Any) -> int | float:
-        known = self.scalars[expr] if expr in self.scalars else self.analyzer.simplify(expr)
-        assert isinstance(known, tirx.IntImm | tirx.FloatImm), f"not known on the host: {expr}"
-        return known.value
+        match expr:
+            case tirx.Var() if expr in self.scalars:
+                return self.scalars[expr]
+            case tirx.IntImm() | tirx.FloatImm():
+                return expr.value
+            case tirx.Cast():
+                return (float if "float" in str(expr.ty.dtype) else int)(self.value(expr.value))
+            case tirx.Select():
+                chosen = expr.true_value if self.value(expr.condition) else expr.false_value
+                return self.value(chosen)
+            case tirx.Not():
+                return not self.value(expr.a)
+            case tirx.BitwiseNot():
+                return ~int(self.value(expr.a))
+            case _ if type(expr) in BINARY:
+                return BINARY[type(expr)](self.value(expr.a), self.value(expr.b))
+        raise NotImplementedError(f"on the host side: {type(expr).__name__}: {expr}")
 
     def place(self, data: Any) -> int:
-        """The memory that a `buffer.data` stands for."""
+        """The memory that a `buffer.data`, or a pointer to it of another type, stands for."""
+        if isinstance(data, tirx.Var):
+            return self.pointers[data]
         assert data.op.name == "tirx.buffer_data", f"an argument that is no whole buffer: {data}"
         return self.places[data.args[0]]
 
@@ -143,12 +176,20 @@ class _Interpreter:
                 self.memory.append(Memory(count * itemsize))
             case tirx.DeclBuffer():
                 self.places[stmt.buffer] = self.place(stmt.data)
+            case tirx.Bind() if isinstance(stmt.var.ty, tvm.ir.PointerType):
+                assert stmt.value.op.name == "tirx.reinterpret", stmt
+                self.pointers[stmt.var] = self.place(stmt.value.args[0])
             case tirx.Bind():
-                self.know(stmt.var, self.value(stmt.value))
+                self.scalars[stmt.var] = self.value(stmt.value)
             case tirx.IfThenElse():
                 branch = stmt.then_case if self.value(stmt.condition) else stmt.else_case
                 if branch is not None:
                     self.run(branch)
+            case tirx.For():
+                low, count = int(self.value(stmt.min)), int(self.value(stmt.extent))
+                for step in range(low, low + count):
+                    self.scalars[stmt.loop_var] = step
+                    self.run(stmt.body)
             case tirx.Evaluate() if isinstance(stmt.value, tirx.IntImm):
                 pass
             case tirx.Evaluate() if stmt.value.op.name == "tirx.call_ffi_kernel":
@@ -175,4 +216,6 @@ class _Interpreter:
 
 
 def _is_pointer(expr: Any) -> bool:
+    if isinstance(expr, tirx.Var):
+        return isinstance(expr.ty, tvm.ir.PointerType)
     return isinstance(expr, tvm.ir.Call) and expr.op.name == "tirx.buffer_data"
