@@ -89,7 +89,10 @@ def test_allocations_do_not_add_up(vulkan: Any, tmp_path: Path) -> None:
         result = tvm.runtime.empty(small.shape, "float32", vulkan)
         kernel(small, result)
         if step % 100 == 0:
-            tvm.runtime.tensor(np.ones(1 << 20, np.float32), vulkan).numpy()
+            large = tvm.runtime.tensor(np.full(1 << 20, step, np.float32), vulkan)
+            there = tvm.runtime.empty(large.shape, "float32", vulkan)
+            kernel(large, there)
+            assert (there.numpy() == 2 * step + 1).all()
 
     for step in range(100):
         once(step)
