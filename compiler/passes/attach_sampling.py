@@ -8,8 +8,9 @@ After:   and softmax_with_temperature(f32[b, 1, V] logits, f32[b]) -> f32[b, 1, 
 
 A temperature of at most 1e-5 takes the largest logit, equal ones sharing (clients clamp 0 to 1e-6).
 Only TIR: no function of libtvm_runtime_extra is called. Everything is one independent block a row
-or plain te, so that any target's scheduler takes it; the two row kernels also carry `qcc.role`
-(`argsort_probs`, `sample_with_top_p`), for a target that has something better than a thread a row.
+or plain te, so that any target's scheduler takes it; the two row kernels and the Relax function of
+the softmax also carry `qcc.role` (`argsort_probs`, `sample_with_top_p`, its name), for a target
+that has something better than a thread a row.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from tvm import te, tirx, topi
 from tvm.tirx.script.builder import ir as T
 
 from qcc.compiler.row_kernel import i64, local, row_kernel
+from qcc.quant_schemes.attributes import ROLE
 
+SOFTMAX = "softmax_with_temperature"
 GREEDY_TEMPERATURE = 1e-5
 LANES = 16  # independent partial maxima and sums: a chain of one would wait for each addition
 MAX_CHUNK = 64  # vectors of LANES in a partial reduction: 128k logits make over 100 parallel parts
@@ -50,6 +53,8 @@ class AttachSampling:
         result = builder.finalize()
         for gv in added:
             func = result[gv.name_hint].with_attr("tir_var_upper_bound", self.bounds)
+            if gv.name_hint == SOFTMAX:
+                func = func.with_attr(ROLE, SOFTMAX)
             result.update_func(result.get_global_var(gv.name_hint), func)
         return result
 
@@ -77,7 +82,7 @@ def _attach_softmax(builder: rx.BlockBuilder, vocab_size: int) -> tvm.ir.GlobalV
         part_sum = builder.emit_te(_part_sum, exps, primfunc_name_hint="softmax_part_sum")
         return builder.call_te(_normalize, exps, part_sum, primfunc_name_hint="softmax_normalize")
 
-    return _function(builder, "softmax_with_temperature", [logits, temperature], body)
+    return _function(builder, SOFTMAX, [logits, temperature], body)
 
 
 def _part_max(x: te.Tensor) -> te.Tensor:

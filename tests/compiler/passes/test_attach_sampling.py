@@ -86,7 +86,7 @@ def test_pass_adds_to_the_module() -> None:
     for name in names - {"decode"}:
         assert dict(after[name].attrs["tir_var_upper_bound"]) == {"b": 4, "n": 4}
     roles = {str(f.attrs["qcc.role"]) for f in after.functions.values() if "qcc.role" in f.attrs}
-    assert roles == {"argsort_probs", "sample_with_top_p"}
+    assert roles == {"argsort_probs", "sample_with_top_p", "softmax_with_temperature"}
 
 
 @pytest.mark.parametrize("b", [1, 3, 8])
