@@ -54,11 +54,15 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}-{next(_SERIAL)}")
 
 
-def remove_stale(folder: Path) -> None:
-    """Remove the temporary files that processes which are no more left in a folder."""
-    for path in folder.glob(".*.tmp-*"):
+def remove_stale(folder: Path, name: str = "*") -> None:
+    """Remove what processes which are no more left under temporary names of `name` in a folder."""
+    for path in folder.glob(f".{name}.tmp-*"):
         match = _TEMPORARY.fullmatch(path.name)
-        if match and not _alive(int(match[1])):
+        if not match or _alive(int(match[1])):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,20 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
+class PackageOptions:
+    """What `qcc package` says: the artifact, the folder to write, the name of the model in it.
+
+    `force`: replace a folder that another program wrote. `tell` is told what takes long.
+    """
+
+    artifact: Path
+    out: Path
+    name: str | None = None
+    force: bool = False
+    tell: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True)
 class TargetSpec:
     """A device as the compiler sees it; capabilities are fields, nobody asks for the name.
 
@@ -139,7 +153,8 @@ class TargetSpec:
     can keep its numbers, that of the compute dtype first (none: there is no choice);
     `export(executable, path, options)` writes the library and returns what its code needs besides,
     as entries for `requires`; `needless_passes` names steps of TVM's lowering that cost time and
-    change nothing.
+    change nothing; `packages` makes what others load of an artifact: kind, as web -> function,
+    which returns what it made as plain data (`path`, `bytes`, ...).
     """
 
     name: str
@@ -155,3 +170,6 @@ class TargetSpec:
     rank: Callable[[Any], tuple[str, int]] = lambda _: ("", 0)
     needless_passes: tuple[str, ...] = ()
     kv_storages: Callable[[KVCacheConfig, Any], tuple[KVStorage, ...]] = lambda *_: ()
+    packages: Mapping[str, Callable[[PackageOptions], Mapping[str, Any]]] = field(
+        default_factory=dict
+    )

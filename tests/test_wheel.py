@@ -16,6 +16,8 @@ DATA = (
     "tutorials/tiny/model/*",
     "tutorials/tiny/heldout.txt",
     "runtime/native/*.[ch]*",
+    "runtime/web/*.*",
+    "runtime/web/*/*.*",
 )
 
 

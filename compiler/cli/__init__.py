@@ -22,8 +22,8 @@ from qcc.quant_schemes.errors import SchemeError, did_you_mean
 from qcc.runtime.errors import QccError
 
 ORDER = (
-    *("quickstart", "compile", "convert", "generate", "chat", "embed", "eval", "tune", "bench"),
-    *("show", "list", "doctor"),
+    *("quickstart", "compile", "convert", "package", "generate", "chat", "embed", "eval", "tune"),
+    *("bench", "show", "list", "doctor"),
 )
 # Errors of the operating system that are the user's business and not a bug of ours.
 USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}

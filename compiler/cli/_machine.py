@@ -34,6 +34,8 @@ TOOLS: dict[str, tuple[tuple[str, ...], str, str]] = {
         "libraries for ARM machines",
         "gcc-aarch64-linux-gnu",
     ),
+    "node": (("node",), "web sites (qcc package web)", "nodejs"),
+    "npm": (("npm",), "web sites (qcc package web), once", "npm"),
 }
 
 

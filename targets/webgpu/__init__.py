@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcc.targets.spec import KVCacheConfig, KVKernels, TargetSpec
 from qcc.targets.webgpu.build import export, requires, resolve
+from qcc.targets.webgpu.package import package_site
 
 if TYPE_CHECKING:
     import tvm
@@ -42,4 +43,5 @@ TARGET = TargetSpec(
     requires=requires,
     kv_kernels=_kv_kernels,
     export=export,
+    packages={"web": package_site},
 )

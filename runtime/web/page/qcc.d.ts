@@ -1,0 +1,2 @@
+/** The bundle that stands beside the page. */
+export * from "../src/qcc";

@@ -1,0 +1,158 @@
+/** load: from URLs to a model that runs. The public types are in qcc.d.ts. */
+
+import type * as api from "./qcc";
+import { Gpu } from "./device";
+import { QccError } from "./errors";
+import { fetchJson, fetchText, fetchWasm } from "./fetching";
+import { Library } from "./library";
+import { checkTensors } from "./metadata";
+import { LoadedModel } from "./model";
+import { type Json, Tokenizer } from "./tokenizer";
+import { type Shard, loadShards, parseShards } from "./weights";
+
+export { QccError };
+
+const RECORD = "model-record.json";
+const OPTIONAL = ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"];
+
+export async function load(
+  source: string | URL | api.ModelRecord, options: api.LoadOptions = {},
+): Promise<api.Model> {
+  const { signal, onProgress } = options;
+  const state: api.Progress = { stage: "library", loaded: 0, total: 0, fromCache: true };
+  const report = (changes: Partial<api.Progress>): void => {
+    Object.assign(state, changes);
+    onProgress?.({ ...state });
+  };
+  report({});
+  const { record, base } = await findRecord(source, signal);
+  const folder = modelFolder(record, base);
+  const tensorCache = new URL("tensor-cache.json", folder).href;
+  const shards = parseShards(await fetchJson(tensorCache, { signal }), tensorCache);
+
+  const fail = (error: QccError): void => options.onFailure?.(error);
+  const gpu = await Gpu.open(
+    { features: record.required_features ?? [], largest: largestOf(shards) }, fail,
+  );
+  try {
+    const wasm = await fetchWasm(new URL(record.model_lib, base).href, { signal });
+    const texts = await fetchTexts(record, folder, signal);
+    const tokenizer = new Tokenizer(texts);
+    const library = await Library.open(wasm.buffer, gpu);
+    checkTensors(library.metadata, shards);
+    const sizes = windowOf(library.metadata, options.contextWindowSize);
+
+    report({ stage: "shaders" });
+    await library.compileShaders((share) => report({ loaded: share, total: 1 }));
+    const weightBytes = shards.reduce((sum, shard) => sum + shard.nbytes, 0);
+    report({ stage: "weights", loaded: 0, total: weightBytes });
+    const onBytes = (count: number, fromCache: boolean): void =>
+      report({ loaded: state.loaded + count, fromCache: state.fromCache && fromCache });
+    const coming = loadShards(folder, shards, { signal, cache: options.cache ?? true, onBytes });
+    for await (const { shard, bytes } of coming) {
+      for (const tensor of shard.records) await library.loadTensor(tensor, bytes);
+    }
+    library.bind();
+    if (library.metadata.model_task !== "embedding") await library.makeCache(sizes.cacheTokens);
+    signal?.throwIfAborted();
+    report({ stage: "ready" });
+    return new LoadedModel({
+      ...texts,
+      id: record.model_id,
+      tokenizer,
+      library,
+      gpu,
+      contextWindowSize: sizes.contextWindowSize,
+      weightBytes,
+    });
+  } catch (error) {
+    gpu.close();
+    throw error;
+  }
+}
+
+/** The record, and the URL that its own URLs are relative to. */
+async function findRecord(
+  source: string | URL | api.ModelRecord, signal: AbortSignal | undefined,
+): Promise<{ record: api.ModelRecord; base: string }> {
+  const page = globalThis.document?.baseURI ?? globalThis.location?.href;
+  if (typeof source === "object" && !(source instanceof URL)) {
+    return { record: source, base: page };
+  }
+  const given = new URL(source, page);
+  const isRecord = given.pathname.endsWith(".json");
+  if (!isRecord && !given.pathname.endsWith("/")) given.pathname += "/";
+  const base = isRecord ? given.href : new URL(RECORD, given).href;
+  const record = (await fetchJson(base, { signal })) as unknown as api.ModelRecord;
+  for (const key of ["model", "model_id", "model_lib"] as const) {
+    if (typeof record[key] !== "string") throw new QccError(`${base}: has no ${key}`);
+  }
+  return { record, base };
+}
+
+/** The folder of the model's files; resolve/main/ is added as WebLLM does. */
+function modelFolder(record: api.ModelRecord, base: string): string {
+  const url = new URL(record.model, base).href;
+  const folder = url.endsWith("/") ? url : `${url}/`;
+  return folder.includes("/resolve/") ? folder : `${folder}resolve/main/`;
+}
+
+interface Texts {
+  tokenizer: Json;
+  config: Json;
+  generation: Json;
+  chat: Json;
+  templateFile: string | undefined;
+}
+
+/** The configurations; files that the record does not list are taken not to be there. */
+async function fetchTexts(
+  record: api.ModelRecord, folder: string, signal: AbortSignal | undefined,
+): Promise<Texts & { tokenizer: Json }> {
+  const url = (name: string): string => new URL(name, folder).href;
+  const listed = record.qcc?.files ?? OPTIONAL;
+  const json = (name: string): Promise<Json> => fetchJson(url(name), { signal });
+  const optional = (name: string): Promise<Json> =>
+    listed.includes(name) ? json(name) : Promise.resolve({});
+  const template = "chat_template.jinja";
+  const [tokenizer, config, generation, chat, templateFile] = await Promise.all([
+    json("tokenizer.json"),
+    optional("tokenizer_config.json"),
+    optional("generation_config.json"),
+    json("mlc-chat-config.json"),
+    listed.includes(template) ? fetchText(url(template), { signal }) : undefined,
+  ]);
+  return { tokenizer, config, generation, chat, templateFile };
+}
+
+function largestOf(shards: Shard[]): { name: string; nbytes: number } {
+  let largest = { name: "", nbytes: 0 };
+  for (const { name, nbytes, format } of shards.flatMap((shard) => shard.records)) {
+    const size = format === "raw" ? nbytes : 2 * nbytes;
+    if (size > largest.nbytes) largest = { name, nbytes: size };
+  }
+  return largest;
+}
+
+/** The context window, and how many tokens the KV cache is made for. */
+function windowOf(
+  metadata: Library["metadata"], wanted: number | undefined,
+): { contextWindowSize: number | undefined; cacheTokens: number } {
+  const { context_window_size: most, sliding_window_size: window } = metadata;
+  if (window > 0) {
+    if (wanted === undefined) return { contextWindowSize: undefined, cacheTokens: window };
+    throw new QccError(
+      `contextWindowSize ${wanted}: this model has a sliding window of ${window} tokens and no ` +
+        "bound on the context; leave the option out",
+    );
+  }
+  const size = wanted ?? most;
+  if (!(Number.isInteger(size) && size >= 1 && size <= most)) {
+    throw new QccError(
+      `contextWindowSize ${wanted}: the library was compiled for 1 to ${most} tokens`,
+    );
+  }
+  return { contextWindowSize: size, cacheTokens: size };
+}
+
+({ load, QccError }) satisfies typeof api;
