@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qcc.runtime.files import cache_dir
+
 # |logits - those of transformers in f32|, at every position, by what the library computes in.
 # Both sides sum in f32, in another order: on these models that makes 1e-6 to 5e-5. A mistake in a
 # rotation, a mask, a scale or a bias makes 1e-2 or more.
@@ -80,8 +82,15 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """$QCC_CACHE in a temporary folder: no test sees what another run left."""
+    """$QCC_CACHE in a temporary folder: no test sees what another run left.
+
+    The wasm runtime alone is taken from there and left there: it takes two minutes to build, and
+    its name tells all that it was made of.
+    """
     folder = tmp_path_factory.mktemp("cache")
+    kept = cache_dir() / "wasm"
+    kept.mkdir(parents=True, exist_ok=True)
+    (folder / "wasm").symlink_to(kept)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QCC_CACHE", str(folder))
         yield folder

@@ -29,7 +29,13 @@ from qcc.targets.webgpu.wasm.tools import first_error, need_tool, run_tool, vers
 Tell = Callable[[str], None]  # shows a text until the next one
 STAND_INS = Path(__file__).parent / "include"
 WHEELS = ("apache-tvm", "apache-tvm-ffi")
-SOURCES = ("wasm_runtime", "tvmjs_support", "webgpu_runtime")
+# Relative to the folder in which the compilers run: the wheel's, and one of ours.
+SOURCES = {
+    "wasm_runtime": "tvm/web/emcc/wasm_runtime.cc",
+    "tvmjs_support": "tvm/web/emcc/tvmjs_support.cc",
+    "webgpu_runtime": "tvm/web/emcc/webgpu_runtime.cc",
+    "called_by_llvm": "include/qcc/called_by_llvm.cc",
+}
 # -Os and -Oz make it larger: the same small functions, not inlined, are then kept by the thousand.
 FLAGS = ("-O2", "-std=c++17", "-fwasm-exceptions", "-Wno-ignored-attributes")
 LIBRARIES = (
@@ -135,7 +141,7 @@ def _compile(work: Path, tell: Tell) -> None:
     flags = [*FLAGS, *(f"-I{folder}" for folder in folders)]
     emcc = need_tool("emcc")
     commands = {
-        name: [emcc, "-c", *flags, f"tvm/web/emcc/{name}.cc", "-o", f"{name}.o"] for name in SOURCES
+        name: [emcc, "-c", *flags, source, "-o", f"{name}.o"] for name, source in SOURCES.items()
     }
     _run_all(commands, work, tell)
 
@@ -166,7 +172,7 @@ def _run_all(commands: Mapping[str, list[str]], folder: Path, tell: Tell) -> Non
                 if process.returncode:
                     log_text = (folder / f"{name}.log").read_text(errors="replace")
                     reason = first_error(log_text, process.returncode)
-                    raise QccError(f"{commands[name][0]} failed on TVM's {name}.cc: {reason}")
+                    raise QccError(f"{commands[name][0]} failed on {SOURCES[name]}: {reason}")
             seconds = time.monotonic() - started
             tell(f"wasm runtime: compiling, {seconds:.0f} s (once, about 2 minutes)")
             time.sleep(0.2)
