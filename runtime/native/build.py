@@ -21,7 +21,7 @@ from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir, os_errors, temporary_name
 
 FOLDER = Path(__file__).parent
-SOURCES = ("gpu.cc", "buffers.cc", "kernels.cc", "module.cc", "device_api.cc")
+SOURCES = ("gpu.cc", "buffers.cc", "kernels.cc", "timing.cc", "module.cc", "device_api.cc")
 OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
 PACKAGES = ("apache-tvm", "apache-tvm-ffi", "wgpu")
 WGPU_LIBRARY = "libwgpu_native-release.so"

@@ -174,6 +174,21 @@ ffi::Map<ffi::String, int64_t> counters(int index) {
   return map;
 }
 
+void profile(int index, bool on) {
+  auto guard = lock();
+  Gpu::get(index).profile(on);
+}
+
+// Kernel -> [calls, nanoseconds].
+ffi::Map<ffi::String, ffi::Array<int64_t>> times(int index) {
+  auto guard = lock();
+  ffi::Map<ffi::String, ffi::Array<int64_t>> map;
+  for (const auto& [name, sums] : Gpu::get(index).times()) {
+    map.Set(name, {static_cast<int64_t>(sums.first), static_cast<int64_t>(sums.second)});
+  }
+  return map;
+}
+
 }  // namespace
 
 TVM_FFI_STATIC_INIT_BLOCK() {
@@ -182,7 +197,9 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("device_api.webgpu", device_api)
       .def("qcc.vulkan.adapters", adapters)
       .def("qcc.vulkan.counters", counters)
-      .def("qcc.vulkan.close", close);
+      .def("qcc.vulkan.close", close)
+      .def("qcc.vulkan.profile", profile)
+      .def("qcc.vulkan.times", times);
 }
 
 }  // namespace qcc

@@ -4,16 +4,12 @@
 #include <tvm/ffi/error.h>
 
 #include <algorithm>
-#include <map>
 
 namespace qcc {
 
 namespace {
 
-// Dispatches in one submission at most: enough to hide what a submission costs (some 30 us), few
-// enough that the GPU begins while the rest is being recorded. A uniform block takes its alignment
-// on the adapter, or more.
-constexpr uint64_t kBatch = 256, kUniform = 64;
+constexpr uint64_t kUniform = 64;  // bytes of a uniform block, where its alignment is less
 
 int rank(WGPUAdapter adapter) {
   WGPUAdapterInfo info{};
@@ -153,6 +149,16 @@ WGPUCommandEncoder Gpu::encoder() {
   return encoder_;
 }
 
+void Gpu::begin_pass() {
+  if (profiling_) end_pass();
+  if (pass_) return;
+  uint32_t stamp = static_cast<uint32_t>(2 * batch_names_.size());
+  WGPUPassTimestampWrites stamps{nullptr, queries_, stamp, stamp + 1};
+  WGPUComputePassDescriptor timed{};
+  timed.timestampWrites = &stamps;
+  pass_ = wgpuCommandEncoderBeginComputePass(encoder(), profiling_ ? &timed : nullptr);
+}
+
 void Gpu::end_pass() {
   if (!pass_) return;
   wgpuComputePassEncoderEnd(pass_);
@@ -176,7 +182,7 @@ void Gpu::dispatch(const std::string& name, WGPUComputePipeline pipeline, const 
   uint64_t slot = round_up(layout.uniform_bytes, limits_.minUniformBufferOffsetAlignment);
   if (batch_names_.size() == kBatch || uniforms_.size() + slot > uniform_size_) flush();
   WGPUBindGroup bound = group(layout, buffers);
-  if (!pass_) pass_ = wgpuCommandEncoderBeginComputePass(encoder(), nullptr);
+  begin_pass();
   uint32_t offset = static_cast<uint32_t>(uniforms_.size());
   const auto* bytes = reinterpret_cast<const uint8_t*>(uniforms);
   uniforms_.insert(uniforms_.end(), bytes, bytes + layout.uniform_bytes);
@@ -215,6 +221,7 @@ void Gpu::flush() {
     // The order of the queue keeps these from what an earlier batch still reads.
     wgpuQueueWriteBuffer(queue_, uniform_, 0, uniforms_.data(), round_up(uniforms_.size(), 4));
   }
+  if (profiling_) resolve();
   WGPUCommandBuffer commands = wgpuCommandEncoderFinish(encoder_, nullptr);
   if (!error_.empty() || !lost_.empty()) {
     std::string names;
@@ -225,8 +232,10 @@ void Gpu::flush() {
     discard();
     check("commands of kernels " + names);
   }
+  std::vector<const std::string*> names = batch_names_;
   discard();
   submit(commands);
+  if (profiling_) collect(names);
 }
 
 void Gpu::wait() {

@@ -9,6 +9,7 @@
 #include <wgpu.h>
 
 #include <cstdint>
+#include <map>
 #include <mutex>
 #include <string>
 #include <unordered_map>
@@ -22,6 +23,10 @@ class Gpu;
 
 // The one mutex of this library.
 std::unique_lock<std::mutex> lock();
+
+// Dispatches in one submission at most: enough to hide what a submission costs (some 30 us), few
+// enough that the GPU begins while the rest is being recorded.
+constexpr uint64_t kBatch = 256;
 
 inline WGPUStringView view(const std::string& text) { return {text.data(), text.size()}; }
 std::string text(WGPUStringView view);
@@ -82,6 +87,11 @@ class Gpu {
   void flush();
   void sync();
 
+  // Time each dispatch from now on, in a pass of its own; `times` tells calls and nanoseconds by
+  // kernel since then. Throws where the adapter has no timestamps.
+  void profile(bool on);
+  const std::map<std::string, std::pair<uint64_t, uint64_t>>& times();
+
   const WGPULimits& limits() const { return limits_; }
   const std::string& name() const { return name_; }
   uint32_t subgroup() const { return subgroup_; }
@@ -96,7 +106,10 @@ class Gpu {
   void release(Buffer* buffer);
   void trim();
   void forget_groups();
+  void begin_pass();
   void end_pass();
+  void resolve();
+  void collect(const std::vector<const std::string*>& names);
   WGPUCommandEncoder encoder();
   void discard();
   void submit(WGPUCommandBuffer commands);
@@ -131,6 +144,11 @@ class Gpu {
   std::unordered_map<std::string, Layout> layouts_;
   std::unordered_map<std::string, WGPUBindGroup> groups_;
   uint64_t dispatches_ = 0, submits_ = 0;
+
+  bool profiling_ = false;
+  WGPUQuerySet queries_ = nullptr;
+  Buffer stamps_;
+  std::map<std::string, std::pair<uint64_t, uint64_t>> times_;
 };
 
 }  // namespace qcc

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -97,3 +99,25 @@ def counters(index: int = 0) -> dict[str, int]:
     load_vulkan()
     found = tvm_runtime.global_function("qcc.vulkan.counters")(index)
     return {str(name): int(count) for name, count in found.items()}
+
+
+@contextmanager
+def kernel_times(index: int = 0) -> Iterator[dict[str, tuple[int, float]]]:
+    """Kernel -> (calls, seconds on adapter `index`) of the block, known at its end.
+
+    Each kernel runs in a pass of its own and each submission is waited for: the sum of the times
+    is right, the time that the block takes is not.
+
+    Raises:
+        RuntimeError: the adapter has no timestamps.
+    """
+    load_vulkan()
+    profile = tvm_runtime.global_function("qcc.vulkan.profile")
+    found: dict[str, tuple[int, float]] = {}
+    profile(index, True)
+    try:
+        yield found
+        times = tvm_runtime.global_function("qcc.vulkan.times")(index)
+        found.update({str(name): (int(n), int(ns) / 1e9) for name, (n, ns) in times.items()})
+    finally:
+        profile(index, False)

@@ -10,7 +10,7 @@ import pytest
 import tvm
 from tvm import te
 
-from qcc.runtime.native.vulkan import counters
+from qcc.runtime.native.vulkan import counters, kernel_times
 
 from .programs import affine, build, load, target
 
@@ -77,6 +77,25 @@ def test_a_write_waits_for_the_kernels_before_it(vulkan: Any, tmp_path: Path) ->
         kernel(x, y)
         x.copyfrom(np.full(100, -1, np.float32))
         np.testing.assert_array_equal(y.numpy(), np.full(100, 2 * value + 1, np.float32))
+
+
+def test_times_of_kernels(vulkan: Any, tmp_path: Path) -> None:
+    """Of each kernel by name, in more submissions than one; the numbers stay right."""
+    double, half = (load(affine(name), tmp_path)[name] for name in ("double", "half"))
+    x, y = (on(vulkan, np.ones(1000, np.float32)) for _ in range(2))
+    double(x, y)
+    with kernel_times() as times:
+        for _ in range(300):
+            double(x, y)
+        half(y, x)
+    assert {name: calls for name, (calls, _) in times.items()} == {
+        "double_kernel": 300,
+        "half_kernel": 1,
+    }
+    assert all(0 < seconds < 60 for _, seconds in times.values())
+    half(x, y)
+    np.testing.assert_array_equal(y.numpy(), np.full(1000, 15, np.float32))
+    assert times["half_kernel"][0] == 1
 
 
 def test_a_shader_that_does_not_compile_is_named(vulkan: Any, tmp_path: Path) -> None:
