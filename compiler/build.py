@@ -24,6 +24,7 @@ from qcc.targets.spec import (
     KVCacheConfig,
     KVStorage,
     TargetSpec,
+    Tell,
 )
 
 METADATA_FORMAT = 1
@@ -186,6 +187,7 @@ def build_library(
     options: BuildOptions,
     path: Path,
     dump: Path | None = None,
+    tell: Tell = lambda _: None,
 ) -> dict[str, Any]:
     """Compile for one target and write the library at `path`; returns what a machine must have."""
     import tvm
@@ -218,7 +220,7 @@ def build_library(
     module = pipeline.run(module, passes, target, dump)
     with target, tvm.transform.PassContext(disabled_pass=list(spec.needless_passes)):
         executable = rx.build(module, target, relax_pipeline=None)
-    return {**spec.requires(target), **spec.export(executable, path, options)}
+    return {**spec.requires(target), **spec.export(executable, path, options, tell)}
 
 
 def _metadata(

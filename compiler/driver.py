@@ -100,7 +100,7 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
                 path = work / f"{name}.{target.library_extension}"
                 dump = options.dump_ir
                 dump = dump / name if dump and len(libraries) > 1 else dump
-                needs = build_library(plan, specs, target, build, path, dump)
+                needs = build_library(plan, specs, target, build, path, dump, steps.transient)
                 built[name] = path, needs, target.rank(machine)
                 step.note = f"{name}, {path.stat().st_size / 1e6:.1f} MB"
         manifest: dict[str, Any] = {

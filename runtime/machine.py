@@ -44,3 +44,20 @@ def enable_tiles() -> bool:
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
+
+
+def available_bytes() -> int:
+    """Memory that this process can still take: the machine's, or its control group's if less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        stat = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        # Files of the page cache count as used, though the kernel gives them up when asked.
+        files = sum(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
+    except (OSError, ValueError, IndexError):
+        return free  # "max", or no control group
+    return min(free, max(0, limit - used + files))

@@ -9,6 +9,7 @@ from typing import Any
 
 from qcc.runtime.errors import QccError
 
+Tell = Callable[[str], None]  # shows a text while something takes long
 TILES = "_tiles"
 PAGE_SIZE = 16  # tokens a page of the KV cache, on every target: stock clients ask for this one
 
@@ -151,10 +152,10 @@ class TargetSpec:
     can run, the runtime prefers the highest;
     `kv_kernels(config, target)` the attention kernels; `kv_storages(config, target)` how a cache
     can keep its numbers, that of the compute dtype first (none: there is no choice);
-    `export(executable, path, options)` writes the library and returns what its code needs besides,
-    as entries for `requires`; `needless_passes` names steps of TVM's lowering that cost time and
-    change nothing; `packages` makes what others load of an artifact: kind, as web -> function,
-    which returns what it made as plain data (`path`, `bytes`, ...).
+    `export(executable, path, options, tell)` writes the library, tells what takes long, and returns
+    what its code needs besides, as entries for `requires`; `needless_passes` names steps of TVM's
+    lowering that cost time and change nothing; `packages` makes what others load of an artifact:
+    kind, as web -> function, which returns what it made as plain data (`path`, `bytes`, ...).
     """
 
     name: str
@@ -166,7 +167,7 @@ class TargetSpec:
     passes: Callable[[str, Any, int], Sequence[Any]]
     requires: Callable[[Any], Mapping[str, Any]]
     kv_kernels: Callable[[KVCacheConfig, Any], KVKernels]
-    export: Callable[[Any, Path, BuildOptions], Mapping[str, Any]]
+    export: Callable[[Any, Path, BuildOptions, Tell], Mapping[str, Any]]
     rank: Callable[[Any], tuple[str, int]] = lambda _: ("", 0)
     needless_passes: tuple[str, ...] = ()
     kv_storages: Callable[[KVCacheConfig, Any], tuple[KVStorage, ...]] = lambda *_: ()

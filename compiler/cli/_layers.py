@@ -26,11 +26,11 @@ from qcc.compiler.reference import SHARE, Transformers
 from qcc.compiler.steps import Steps
 from qcc.compiler.stored_weights import StoredWeights
 from qcc.runtime.artifact import Artifact, library_entry, read_manifest, write_manifest
-from qcc.runtime.engine.memory import available_bytes
 from qcc.runtime.engine.model import CompiledModel
 from qcc.runtime.engine.weights import cache_path
 from qcc.runtime.errors import QccError
 from qcc.runtime.eval.report import LayerFigures, TensorFigures
+from qcc.runtime.machine import available_bytes
 from qcc.targets import find_target
 from qcc.targets.spec import BuildOptions
 

@@ -22,9 +22,9 @@ from qcc.compiler.source import locate, stamp
 from qcc.compiler.steps import Steps
 from qcc.compiler.stored_weights import plan_of
 from qcc.runtime.artifact import Artifact
-from qcc.runtime.engine.memory import available_bytes
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir
+from qcc.runtime.machine import available_bytes
 
 if TYPE_CHECKING:
     from qcc.runtime.engine.llm import LLM

@@ -16,8 +16,9 @@ import numpy as np
 
 from qcc.runtime.artifact import CHAT_CONFIG, Artifact
 from qcc.runtime.engine import tvm_runtime
+from qcc.runtime.engine.device import library_name, open_device
 from qcc.runtime.engine.library import Floats, Library
-from qcc.runtime.engine.memory import available_bytes, check_embedding
+from qcc.runtime.engine.memory import check_embedding
 from qcc.runtime.engine.settings import choose_precision, settings
 from qcc.runtime.engine.tokenizer import Tokenizer
 from qcc.runtime.engine.weight_memory import check_weights
@@ -107,14 +108,13 @@ class Embedder:
 
         self.artifact = Artifact.open(artifact_dir)
         self.usage = Usage.of(self.artifact)
-        if device.split("-")[0] != "cpu":
-            raise QccError(f"--device {device}: this version runs on cpu only")
         self.threads = tvm_runtime.set_threads(threads)
         self.artifact.verify(report("check"))
-        self.library = Library(self.artifact.library(device))
+        machine = open_device(device)
+        self.library = Library(self.artifact.library(library_name(device)), machine)
         meta = self.library.metadata
         chosen = choose_precision(precision, meta.precision)
-        check_embedding(meta, available_bytes())
+        check_embedding(meta, machine.memory)
         where, told = check_weights(weights), report("load weights")
         slots = load_slots(self.artifact, self.library, told, settings(chosen), where)
         self.library.bind(slots)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcc.runtime.engine import tvm_runtime
+from qcc.runtime.engine.device import HOST, Device
 from qcc.runtime.engine.metadata import Metadata
 from qcc.runtime.engine.state import RecurrentState
 from qcc.runtime.errors import QccError
@@ -33,13 +34,13 @@ Tokens = npt.NDArray[np.int32]
 class Library:
     """The virtual machine of one library on one device."""
 
-    def __init__(self, path: Path) -> None:
-        """Load the shared library and read its metadata.
+    def __init__(self, path: Path, device: Device = HOST) -> None:
+        """Load the shared library, to run on `device`, and read its metadata.
 
         Raises:
             QccError: it does not load here, or another version of qcc made it.
         """
-        self.path = path
+        self.path, self.device = path, device
         self.ffi = tvm_runtime.load()
         try:
             # Kept: the functions live in the module's code.
@@ -57,7 +58,9 @@ class Library:
 
     def _start(self) -> Any:
         vm = self._module["vm_load_executable"]()
-        vm["vm_initialization"](tvm_runtime.KDL_CPU, 0, POOLED_ALLOCATOR)
+        devices = [self.device] if self.device.is_host else [self.device, HOST]
+        kinds = [(each.type, each.index, POOLED_ALLOCATOR) for each in devices]
+        vm["vm_initialization"](*(number for kind in kinds for number in kind))
         return vm
 
     @contextmanager
@@ -128,7 +131,7 @@ class Library:
         Only the library of an embedding model has this function, and no other.
         """
         result = self.vm["encode"](self._tensor(tokens), self._tensor(ends), self.params)
-        return cast("Floats", np.from_dlpack(result))
+        return cast("Floats", self.device.array(result))
 
     def layer_outputs(self, tokens: Tokens, cache: KVCache) -> list[Floats]:
         """int32[n] of one sequence -> the embedding f32[n, h] and f32[n, h] after each layer.
@@ -140,18 +143,19 @@ class Library:
         shape = self.ffi.Shape((1, *map(int, hidden.shape)))
         embedded = self._reshape(hidden, shape)
         result = self.vm["layer_outputs"](embedded, *cache.arguments, self.params)
-        return [np.from_dlpack(hidden).astype(np.float32), *np.from_dlpack(result[0]).copy()]
+        first = self.device.array(hidden).astype(np.float32)
+        return [first, *self.device.array(result[0]).copy()]
 
     def _run(
         self, name: str, hidden: Any, lead: tuple[int, int], cache: KVCache, *extra: Any
     ) -> Floats:
         shape = self.ffi.Shape((*lead, int(hidden.shape[-1])))
         result = self.vm[name](self._reshape(hidden, shape), *extra, *cache.arguments, self.params)
-        logits = np.from_dlpack(result[0])
+        logits = self.device.array(result[0])
         return cast("Floats", logits.reshape(-1, logits.shape[-1]))
 
     def _tensor(self, values: Tokens) -> Any:
-        return self.ffi.from_dlpack(np.ascontiguousarray(values, dtype=np.int32))
+        return self.device.tensor(np.asarray(values, dtype=np.int32))
 
 
 class KVCache:
@@ -173,7 +177,7 @@ class KVCache:
         self._shape = library.ffi.Shape
         self.handle = make(*(self._shape((size,)) for size in sizes))
         self.recurrent = (
-            RecurrentState(library.ffi, meta.states, max_batch_size) if meta.states else None
+            RecurrentState(library.device, meta.states, max_batch_size) if meta.states else None
         )
         self._state = {
             name: tvm_runtime.global_function(f"vm.builtin.kv_state_{name}") for name in STATE

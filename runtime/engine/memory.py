@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from qcc.runtime.engine.library import total_pages
@@ -12,23 +11,6 @@ from qcc.runtime.errors import QccError
 
 SINGLE = ("embed", "prefill", "decode", "encode")
 BATCHED = ("batch_prefill", "batch_decode")  # run for two sequences and more only
-
-
-def available_bytes() -> int:
-    """Memory that this process can still take: the machine's, or its control group's if less."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        stat = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-        # Files of the page cache count as used, though the kernel gives them up when asked.
-        files = sum(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
-    except (OSError, ValueError, IndexError):
-        return free  # "max", or no control group
-    return min(free, max(0, limit - used + files))
 
 
 @dataclass(frozen=True)
@@ -69,13 +51,19 @@ def budget(meta: Metadata, max_batch_size: int, total_tokens: int) -> Budget:
     )
 
 
-def choose_total_tokens(meta: Metadata, length: int, max_batch_size: int, available: int) -> int:
+def choose_total_tokens(
+    meta: Metadata, length: int, max_batch_size: int, available: int | None
+) -> int:
     """Tokens of the KV cache: `length` for each of the batch if that fits, else as many as fit.
+
+    `available` bytes; None: no one knows, and everything is tried.
 
     Raises:
         QccError: not even one sequence of `length` tokens fits.
     """
     total = length * max_batch_size
+    if available is None:
+        return total
     over = budget(meta, max_batch_size, total).total - available
     if over <= 0:
         return total
@@ -95,14 +83,14 @@ def choose_total_tokens(meta: Metadata, length: int, max_batch_size: int, availa
     )
 
 
-def check_embedding(meta: Metadata, available: int) -> None:
+def check_embedding(meta: Metadata, available: int | None) -> None:
     """Refuse an embedding model that does not fit: it has no cache that could be smaller.
 
     Raises:
         QccError: says what it needs.
     """
     need = budget(meta, meta.max_batch_size, 0)
-    if need.total > available:
+    if available is not None and need.total > available:
         raise QccError(
             f"the model needs {need.total / 1e6:,.0f} MB ({need}), available are "
             f"{available / 1e6:,.0f} MB; compile it with a smaller --context-window than "

@@ -9,8 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from qcc.runtime.artifact import Artifact
+from qcc.runtime.engine.device import library_name, open_device
 from qcc.runtime.engine.library import Floats, KVCache, Library, Tokens, total_pages
-from qcc.runtime.engine.memory import available_bytes, choose_total_tokens
+from qcc.runtime.engine.memory import choose_total_tokens
 from qcc.runtime.engine.settings import choose_precision, default_kv, settings
 from qcc.runtime.engine.weight_memory import Progress, check_weights
 from qcc.runtime.engine.weights import load_slots, with_settings
@@ -95,16 +96,15 @@ class CompiledModel:
         Raises:
             QccError: a device without a library, sizes beyond the library's, not enough memory.
         """
-        if device.split("-")[0] != "cpu":
-            raise QccError(f"--device {device}: this version runs on cpu only")
-        library = Library(artifact.library(device))
+        machine = open_device(device)
+        library = Library(artifact.library(library_name(device)), machine)
         precision = self.precision = choose_precision(precision, library.metadata.precision)
         library.choose_kv(kv, default_kv(precision), precision != "high" and enable_tiles())
         meta = library.metadata
         batch = _at_most(max_batch_size, meta.max_batch_size, "max_batch_size")
         length = _length(meta.max_length, context_window, meta.sliding_window_size)
         # Before the weights are touched: what does not fit shall fail at once.
-        total = choose_total_tokens(meta, length, batch, available_bytes())
+        total = choose_total_tokens(meta, length, batch, machine.memory)
         where = check_weights(weights)
         self.slots = load_slots(artifact, library, progress, settings(precision), where)
         library.bind(self.slots)

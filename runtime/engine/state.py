@@ -12,20 +12,22 @@ from typing import Any
 
 import numpy as np
 
+from qcc.runtime.engine import tvm_runtime
+from qcc.runtime.engine.device import Device
 from qcc.runtime.engine.metadata import TensorType
 from qcc.runtime.errors import QccError
-
-ALIGNMENT = 64  # bytes
 
 
 class RecurrentState:
     """The states of up to `places` sequences, each tensor f32[places, *shape]."""
 
-    def __init__(self, ffi: Any, states: Sequence[TensorType], places: int) -> None:
-        """Reserve the tensors; memory is touched as sequences begin."""
-        self._ffi = ffi
-        self.arrays = [_zeros((places, *state.shape)) for state in states]
-        self.tensors = ffi.convert([ffi.from_dlpack(array) for array in self.arrays])
+    def __init__(self, device: Device, states: Sequence[TensorType], places: int) -> None:
+        """Reserve the tensors; on the host memory is touched as sequences begin."""
+        self._device = device
+        self._zeros = [device.zeros(state.shape) for state in states]
+        self._states = [device.zeros((places, *state.shape)) for state in states]
+        self.tensors = tvm_runtime.load().convert(self._states)
+        self._copy = tvm_runtime.global_function("runtime.TVMTensorCopyFromTo")
         self._free = list(reversed(range(places)))
         self._places: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
@@ -35,8 +37,8 @@ class RecurrentState:
     def add(self, seq: int) -> None:
         """Begin an empty sequence."""
         place = self._take(seq)
-        for array in self.arrays:
-            array[place] = 0
+        for zeros, state in zip(self._zeros, self._states, strict=True):
+            self._copy(zeros, _at(state, place))
         self._lengths[seq] = 0
 
     def remove(self, seq: int) -> None:
@@ -57,8 +59,8 @@ class RecurrentState:
                 f"{length} tokens: what it kept of them is gone; compute them anew"
             )
         place = self._take(child)
-        for array in self.arrays:
-            array[place] = array[self._places[parent]]
+        for state in self._states:
+            self._copy(_at(state, self._places[parent]), _at(state, place))
         self._lengths[child] = length
 
     def pop(self, count: int) -> None:
@@ -84,7 +86,7 @@ class RecurrentState:
         firsts = np.cumsum([0, *lengths[:-1]])
         places = [self._places[seq] for seq in seqs]
         table = np.stack([places, firsts, lengths], axis=1).astype(np.int32)
-        self.segments = self._ffi.from_dlpack(np.ascontiguousarray(table))
+        self.segments = self._device.tensor(table)
 
     def end(self) -> None:
         """The run that `begin` announced is over."""
@@ -99,9 +101,9 @@ class RecurrentState:
         return place
 
 
-def _zeros(shape: tuple[int, ...]) -> Any:
-    """f32[*shape] at an address that TVM's kernels may load vectors from."""
-    size = math.prod(shape)
-    room = np.zeros(size + ALIGNMENT // 4, np.float32)
-    start = -room.ctypes.data % ALIGNMENT // 4
-    return room[start : start + size].reshape(shape)
+def _at(state: Any, place: int) -> Any:
+    """What one sequence has of a tensor."""
+    shape = tuple(map(int, state.shape[1:]))
+    offset = place * math.prod(shape) * np.dtype(np.float32).itemsize
+    view = tvm_runtime.global_function("runtime.TVMTensorCreateView")
+    return view(state, tvm_runtime.load().Shape(shape), state.dtype, offset)

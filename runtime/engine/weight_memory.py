@@ -6,6 +6,7 @@ lies in huge pages where the system gives them on request, which reads faster.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -125,6 +126,14 @@ def aligned_copy(flat: Bytes) -> Bytes:
     start = -room.ctypes.data % ALIGNMENT
     room[start : start + flat.size] = flat
     return room[start : start + flat.size]
+
+
+def aligned_zeros(shape: tuple[int, ...]) -> Any:
+    """f32[*shape] of zeros, at an address that TVM's kernels may load vectors from."""
+    size = math.prod(shape)
+    room = np.zeros(size + ALIGNMENT // 4, np.float32)
+    start = -room.ctypes.data % ALIGNMENT // 4
+    return room[start : start + size].reshape(shape)
 
 
 def as_tensor(memory: Bytes, offset: int, kind: TensorType) -> Any:

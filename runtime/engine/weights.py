@@ -54,6 +54,8 @@ def load_slots(
         QccError: the stored tensors are not those that the library was compiled for.
     """
     check_stored(artifact, library)
+    if not library.device.is_host:
+        return _slots_of_device(artifact, library, progress, settings or {})
     layout, size = cache_layout(artifact, library.metadata.slots)
     total = sum(library.metadata.slots[index].type.nbytes for index in layout)
     maker = _SlotMaker(artifact, library, total, progress)
@@ -86,6 +88,20 @@ def load_slots(
     placed = dict(zip(rest, place([part(i) for i in rest], weights, progress), strict=True))
     found = given | made | placed
     return [found[index] for index in slots]
+
+
+def _slots_of_device(
+    artifact: Artifact, library: Library, progress: Progress | None, settings: Mapping[str, Array]
+) -> list[Any]:
+    """The same for a device with memory of its own: one tensor after another goes there."""
+    slots = library.metadata.slots
+    total = sum(slot.type.nbytes for slot in slots)
+    maker, found = _SlotMaker(artifact, library, total, progress), []
+    for slot in slots:
+        given = slot.setting is not None
+        found.append(_setting(slot.type, settings) if given else maker.tensor(slot))
+        found[-1] = library.device.put(found[-1])
+    return found
 
 
 def _setting(kind: TensorType, settings: Mapping[str, Array]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import os_errors
 from qcc.runtime.machine import cpu_flags
-from qcc.targets.spec import BuildOptions
+from qcc.targets.spec import BuildOptions, Tell
 
 HOST_TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 CROSS_LINKERS = {"x86_64": "x86_64-linux-gnu-gcc", "aarch64": "aarch64-linux-gnu-gcc"}
@@ -135,7 +135,7 @@ def find_linker(machine: str) -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def export(executable: Any, path: Path, options: BuildOptions) -> dict[str, Any]:
+def export(executable: Any, path: Path, options: BuildOptions, _tell: Tell) -> dict[str, Any]:
     """Write the compiled VM executable as a shared library at `path`; it needs nothing besides.
 
     Raises:

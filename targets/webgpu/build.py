@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from qcc.runtime.errors import QccError
-from qcc.targets.spec import BuildOptions
+from qcc.targets.spec import BuildOptions, Tell
 
-HOST = {"kind": "llvm", "mtriple": "wasm32-unknown-unknown-wasm", "mcpu": "mvp"}
+HOST = {
+    "kind": "llvm",
+    "mtriple": "wasm32-unknown-unknown-wasm",
+    "mcpu": "mvp",
+    "vector-width": 128,
+}
 SUFFIX = "webgpu"
 
 
@@ -31,7 +36,7 @@ def requires(_target: Any) -> dict[str, Any]:
     return {"machine": "wasm32", "flags": []}
 
 
-def export(executable: Any, path: Path, options: BuildOptions) -> Mapping[str, Any]:
+def export(executable: Any, path: Path, options: BuildOptions, tell: Tell) -> Mapping[str, Any]:
     """Check the kernels and link the wasm at `path`; returns the features that they need.
 
     Raises:
@@ -43,5 +48,5 @@ def export(executable: Any, path: Path, options: BuildOptions) -> Mapping[str, A
     from qcc.targets.webgpu.wasm.export import export_wasm
 
     features = check_shaders(shaders(executable.mod), Limits())
-    export_wasm(executable, path, options)
+    export_wasm(executable, path, options, tell)
     return {"features": features}

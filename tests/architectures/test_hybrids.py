@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -153,7 +154,8 @@ def test_only_attention_has_pages(case: Case, runs: Runs, cli: Any) -> None:
     of_layer = 3 * (2 * keys + heads * wide) + heads * sizes["linear_key_head_dim"] * wide
     assert meta.state_bytes == 4 * 4 * of_layer
     held = runs.model.cache.recurrent
-    assert sum(array.nbytes for array in held.arrays) == 4 * meta.state_bytes  # a batch of 4
+    of_four = [4 * math.prod(map(int, state.shape)) for state in held.tensors]
+    assert sum(of_four) == 4 * meta.state_bytes
     for batch in (1, 4):
         found = budget(meta, batch, 64)
         assert found.states == batch * meta.state_bytes

@@ -128,7 +128,7 @@ def test_a_context_larger_than_memory(
     from qcc.runtime.engine.memory import budget
 
     short = budget(metadata, 1, 100).total
-    monkeypatch.setattr(model, "available_bytes", lambda: short)
+    monkeypatch.setattr("qcc.runtime.engine.device.available_bytes", lambda: short)
     text = generate("a").error()
     assert "the model needs" in text and "KV cache" in text and "available are" in text
     assert "--context-window from 256 to " in text
@@ -138,9 +138,7 @@ def test_a_context_larger_than_memory(
 
 
 def test_weights_larger_than_memory(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qcc.runtime.engine import model
-
-    monkeypatch.setattr(model, "available_bytes", lambda: 1000)
+    monkeypatch.setattr("qcc.runtime.engine.device.available_bytes", lambda: 1000)
     text = generate("a").error()
     assert "available are 0 MB" in text and "a scheme of fewer bits" in text
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from qcc.runtime import LLM, Embedder
-from qcc.runtime.engine import embedder as module
 from qcc.runtime.engine.embedder import similarities, unit
 from qcc.runtime.engine.memory import budget
 from qcc.runtime.engine.tokenizer import Tokenizer
@@ -174,10 +173,10 @@ def test_too_little_memory(
     """Refused before the weights are touched; one byte more is enough."""
     need = budget(embedder.library.metadata, SIZES["max_batch"], 0).total
     assert need > embedder.library.metadata.weight_bytes
-    monkeypatch.setattr(module, "available_bytes", lambda: need - 1)
+    monkeypatch.setattr("qcc.runtime.engine.device.available_bytes", lambda: need - 1)
     with pytest.raises(QccError, match=r"the model needs .* smaller --context-window than 48"):
         Embedder(folder)
-    monkeypatch.setattr(module, "available_bytes", lambda: need)
+    monkeypatch.setattr("qcc.runtime.engine.device.available_bytes", lambda: need)
     Embedder(folder)
 
 
@@ -189,7 +188,7 @@ def test_wrong_kinds_of_artifacts(
         Embedder(llm.artifact.folder)
     with pytest.raises(QccError, match="an embedding model writes no text; use qcc embed"):
         LLM(folder)
-    with pytest.raises(QccError, match="--device cuda: this version runs on cpu only"):
+    with pytest.raises(QccError, match="--device cuda: must be cpu or vulkan"):
         Embedder(folder, device="cuda")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qcc.runtime.engine import tvm_runtime, weights
+from qcc.runtime.engine.device import HOST
 from qcc.runtime.engine.memory import budget, choose_total_tokens
 from qcc.runtime.engine.metadata import KVStorage, Metadata, Slot, TensorType
 from qcc.runtime.errors import QccError
@@ -37,7 +38,7 @@ class FakeLibrary:
     """Has two repacks in NumPy and counts what it made."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "lib.so"
+        self.path, self.device = folder / "lib.so", HOST
         self.path.write_bytes(b"code")
         transposed = TensorType("a", (8, 6), "uint32")
         both = TensorType("c", (15,), "float16")
