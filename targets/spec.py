@@ -155,7 +155,8 @@ class TargetSpec:
     `export(executable, path, options, tell)` writes the library, tells what takes long, and returns
     what its code needs besides, as entries for `requires`; `needless_passes` names steps of TVM's
     lowering that cost time and change nothing; `packages` makes what others load of an artifact:
-    kind, as web -> function, which returns what it made as plain data (`path`, `bytes`, ...).
+    kind, as web -> function, which returns what it made as plain data (`path`, `bytes`, ...);
+    `lacks()` says what must be installed or built before a library is made in a moment, or "".
     """
 
     name: str
@@ -174,3 +175,4 @@ class TargetSpec:
     packages: Mapping[str, Callable[[PackageOptions], Mapping[str, Any]]] = field(
         default_factory=dict
     )
+    lacks: Callable[[], str] = lambda: ""

@@ -34,6 +34,13 @@ TOOLS: dict[str, tuple[tuple[str, ...], str, str]] = {
         "libraries for ARM machines",
         "gcc-aarch64-linux-gnu",
     ),
+    "emcc": (("emcc",), "browser libraries (--target webgpu), once", "emscripten"),
+    "wasm-ld": (
+        ("wasm-ld", *(f"wasm-ld-{version}" for version in range(40, 13, -1))),
+        "browser libraries (--target webgpu)",
+        "lld",
+    ),
+    "wasm-opt": (("wasm-opt",), "small browser libraries (--opt O3)", "binaryen"),
     "node": (("node",), "web sites (qcc package web)", "nodejs"),
     "npm": (("npm",), "web sites (qcc package web), once", "npm"),
 }

@@ -49,6 +49,7 @@ def examine() -> dict[str, Any]:
         "memory": _machine.memory(),
         "storage": _machine.storage(),
         "tools": _machine.tools(),
+        "wasm": check_wasm(),
         "gpus": _machine.gpus(),
         "targets": targets,
     }
@@ -66,6 +67,13 @@ def check_llvm() -> dict[str, Any] | None:
         "processor": str(codegen.llvm_get_system_cpu()),
         "triple": str(codegen.llvm_get_system_triple()),
     }
+
+
+def check_wasm() -> dict[str, str | None]:
+    """Versions of the programs that make libraries for browsers; None: not installed."""
+    from qcc.targets.webgpu.wasm.tools import version_of
+
+    return {name: version_of(name) for name in ("emcc", "wasm-ld", "wasm-opt")}
 
 
 def check_targets() -> list[dict[str, Any]]:
@@ -98,18 +106,18 @@ def try_target(name: str, triple: str | None) -> tuple[bool, bool, str]:
 
     Returns (builds, runs, note).
     """
-    missing = _machine.missing_linker(triple)
-    if missing:
+    from qcc.targets import find_target
+    from qcc.targets.spec import BuildOptions
+
+    spec = find_target(name)
+    native = spec.library_extension == "so"
+    if missing := spec.lacks() or (_machine.missing_linker(triple) if native else ""):
         return False, False, missing
 
     import numpy as np
     import tvm
     from tvm import relax
 
-    from qcc.targets import find_target
-    from qcc.targets.spec import BuildOptions
-
-    spec = find_target(name)
     options = BuildOptions(triple=triple) if triple is None else BuildOptions("generic", triple)
     target, suffix = spec.resolve(options)
     builder = relax.BlockBuilder()
@@ -119,7 +127,7 @@ def try_target(name: str, triple: str | None) -> tuple[bool, bool, str]:
     with tempfile.TemporaryDirectory(prefix="qcc-doctor-") as folder:
         library = Path(folder) / f"{suffix}.{spec.library_extension}"
         with target:
-            spec.export(relax.build(builder.get(), target), library, options)
+            spec.export(relax.build(builder.get(), target), library, options, lambda _: None)
         if triple is not None:
             return True, False, "cross-compiled: copy the artifact there and run it"
         device = tvm.device(target.get_target_device_type(), 0)
@@ -156,6 +164,8 @@ def show(report: dict[str, Any]) -> None:
     for row in report["tools"]:
         where = row["path"] or f"not found; get it: {row['get']}"
         _line("Tool", f"{row['name']} for {row['for']}: {where}")
+    versions = (f"{name} {version or '-'}" for name, version in report["wasm"].items())
+    _line("Wasm", ", ".join(versions))
     for gpu in report["gpus"]:
         _line("GPU", f"{gpu['name']}, {gpu['memory']}, driver {gpu['driver']}")
     if not report["gpus"]:

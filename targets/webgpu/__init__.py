@@ -11,6 +11,7 @@ from qcc.targets.gpu.limits import Limits
 from qcc.targets.gpu.target import gpu_target
 from qcc.targets.webgpu.build import export, requires, resolve
 from qcc.targets.webgpu.package import package_site
+from qcc.targets.webgpu.wasm.link import lacks
 
 TARGET = gpu_target(
     "webgpu",
@@ -20,5 +21,6 @@ TARGET = gpu_target(
     resolve=resolve,
     requires=requires,
     export=export,
+    lacks=lacks,
     packages={"web": package_site},
 )

@@ -6,9 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from qcc.targets.spec import BuildOptions
+from qcc.targets.spec import BuildOptions, Tell
 from qcc.targets.webgpu.wasm.link import link_wasm
-from qcc.targets.webgpu.wasm.runtime import Tell
 
 
 def export_wasm(
