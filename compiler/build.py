@@ -218,6 +218,7 @@ def build_library(
     )
     module = quantized_module(plan, specs, spec, target, dump)
     module = pipeline.run(module, passes, target, dump)
+    spec.check(module)
     with target, tvm.transform.PassContext(disabled_pass=list(spec.needless_passes)):
         executable = rx.build(module, target, relax_pipeline=None)
     return {**spec.requires(target), **spec.export(executable, path, options, tell)}

@@ -153,8 +153,9 @@ class TargetSpec:
     `kv_kernels(config, target)` the attention kernels; `kv_storages(config, target)` how a cache
     can keep its numbers, that of the compute dtype first (none: there is no choice);
     `export(executable, path, options, tell)` writes the library, tells what takes long, and returns
-    what its code needs besides, as entries for `requires`; `needless_passes` names steps of TVM's
-    lowering that cost time and change nothing; `packages` makes what others load of an artifact:
+    what its code needs besides, as entries for `requires`; `check(module)` refuses scheduled
+    kernels that no device runs; `needless_passes` names steps of TVM's lowering that cost time and
+    change nothing; `packages` makes what others load of an artifact:
     kind, as web -> function, which returns what it made as plain data (`path`, `bytes`, ...);
     `lacks()` says what must be installed or built before a library is made in a moment, or "".
     """
@@ -172,6 +173,7 @@ class TargetSpec:
     rank: Callable[[Any], tuple[str, int]] = lambda _: ("", 0)
     needless_passes: tuple[str, ...] = ()
     kv_storages: Callable[[KVCacheConfig, Any], tuple[KVStorage, ...]] = lambda *_: ()
+    check: Callable[[Any], None] = lambda _: None
     packages: Mapping[str, Callable[[PackageOptions], Mapping[str, Any]]] = field(
         default_factory=dict
     )

@@ -80,6 +80,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(4, len(os.sched_getaffinity(0)))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest tests/architectures --target vulkan`: the same checks of another target's kernels."""
+    parser.addoption("--target", default="cpu", help="that models are compiled for and run on")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """$QCC_CACHE in a temporary folder: no test sees what another run left.
@@ -235,10 +240,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def compiled(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Callable[..., Any]:
     """compiled(checkpoint folder, scheme, opt=2, low=False, **SizeFlags): its LLM, `high`.
 
-    One compile for each; `low`: the library has low precision as well, which takes longer.
+    One compile for each; `low`: the library has low precision as well, which takes longer. For
+    the target that pytest's --target names.
     """
     from qcc.compiler.driver import compile_model
     from qcc.compiler.options import CompileOptions
@@ -247,6 +255,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     from qcc.targets.spec import BuildOptions
 
     made: dict[tuple[Any, ...], Any] = {}
+    target = pytestconfig.getoption("--target")
 
     def compile_once(
         model: Path, quant: str = "q0f32", opt: int = 2, low: bool = False, **sizes: int
@@ -255,8 +264,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         if key not in made:
             out = tmp_path_factory.mktemp("artifact") / f"{model.name}-{Path(quant).stem}"
             build = BuildOptions(opt=opt, precision="both" if low else "high")
-            options = CompileOptions(quant=quant, sizes=SizeFlags(**sizes), build=build)
-            made[key] = LLM(compile_model(str(model), out, options), precision="high")
+            options = CompileOptions(
+                quant=quant, sizes=SizeFlags(**sizes), build=build, targets=(target,)
+            )
+            folder = compile_model(str(model), out, options)
+            made[key] = LLM(folder, device=target, precision="high")
         return made[key]
 
     return compile_once

@@ -150,14 +150,15 @@ def chosen(scores: nn.Tensor, ids: nn.Tensor) -> nn.Tensor:
 
 
 def of_best_groups(choices: nn.Tensor, groups: nn.Tensor, count: int) -> nn.Tensor:
-    """f32[m, experts] as it is in the `count` groups whose scores f32[m, g] are best, else -inf."""
+    """f32[m, experts] as it is in the `count` groups whose scores f32[m, g] are best, else the lowest."""
     size = int(choices.shape[1]) // int(groups.shape[1])
 
     def compute(choices: te.Tensor, best: te.Tensor) -> te.Tensor:
         def value(i: tirx.Var, expert: tirx.Var) -> tirx.Expr:
             group = tirx.floordiv(expert, i64(size)).astype("int32")
             found = tirx.any(*(best[i, i64(rank)] == group for rank in range(count)))
-            return tirx.Select(found, choices[i, expert], -tirx.infinity("float32"))
+            # finite: WGSL has no infinities
+            return tirx.Select(found, choices[i, expert], tirx.min_value("float32"))
 
         return te.compute(choices.shape, value, name="of_best_groups")
 
@@ -181,7 +182,7 @@ def _top_experts_func(experts: int, count: int) -> tirx.PrimFunc:
     m = tirx.Var("m", "int64")
 
     def body(row: Any, scores: Any, ids: Any) -> None:
-        last, last_id = local("float32", T.infinity("float32")), local("int32", -1)
+        last, last_id = local("float32", 0.0), local("int32", -1)
         with T.serial(0, count) as slot:
             best, best_id = local("float32", 0.0), local("int32", -1)
             with T.serial(0, experts) as expert:
@@ -189,7 +190,8 @@ def _top_experts_func(experts: int, count: int) -> tirx.PrimFunc:
                 # In the order of falling scores and rising ids: behind the last that was taken.
                 tied = T.And(score == last[0], expert > last_id[0])
                 better = T.Or(best_id[0] < 0, score > best[0])
-                with T.If(T.And(T.Or(score < last[0], tied), better)):
+                behind = T.Or(last_id[0] < 0, T.Or(score < last[0], tied))
+                with T.If(T.And(behind, better)):
                     with T.Then():
                         T.buffer_store(best, score, [0])
                         T.buffer_store(best_id, expert, [0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,8 @@ from qcc.runtime.errors import QccError
 from qcc.targets.gpu.limits import Limits
 from qcc.targets.gpu.shaders import Shader
 
-WIDE = ("i64", "u64", "f64")
+WIDE = re.compile(r"\b[iuf]64\b")
+NOT_FINITE = re.compile(r"\b(inff?|nanf?|INFINITY|NAN)\b")
 F16_FEATURE = "shader-f16"  # as WebGPU names it
 GRID = "blockIdx."
 
@@ -33,45 +35,37 @@ def check_shaders(shaders: Iterable[Shader], limits: Limits) -> list[str]:
         ):
             if found > limit:
                 raise QccError(f"kernel {shader.name}: {found} {what}; the limit is {limit}")
-        wide = [binding.name for binding in shader.storage if binding.dtype in WIDE] or [
-            name for name in WIDE if f"<{name}>" in shader.source
-        ]
+        wide = WIDE.search(shader.source)
         if limits.narrow_integers and wide:
             raise QccError(f"kernel {shader.name}: 64-bit numbers ({wide[0]})")
+        if NOT_FINITE.search(shader.source):
+            raise QccError(f"kernel {shader.name}: an infinity or NaN, which WGSL cannot write")
         if shader.needs_f16:
             features.add(F16_FEATURE)
     return sorted(features)
 
 
-@tvm.transform.module_pass(opt_level=0, name="CheckGrids")
-class CheckGrids:
-    """Refuses a kernel with more workgroups in a dimension than a device starts."""
+def check_grids(mod: tvm.IRModule, limits: Limits) -> None:
+    """Refuse a kernel with more workgroups in a dimension than a device starts.
 
-    def __init__(self, limits: Limits) -> None:
-        """`limits` of the device."""
-        self.limits = limits
+    A symbolic extent is taken for the largest that any function's is, by BoundShapes. No pass:
+    TVM turns what a pass raises into errors of its own.
 
-    def transform_module(self, mod: tvm.IRModule, _ctx: Any) -> tvm.IRModule:
-        """Return the module as it is.
-
-        A symbolic extent is taken for the largest that any function's is, by BoundShapes.
-
-        Raises:
-            QccError: such a kernel, by name.
-        """
-        functions = mod.functions_items()
-        most = max((_bound(func) for _, func in functions), default=1)
-        for gv, func in functions:
-            if isinstance(func, tirx.PrimFunc):
-                known = _known(func, most)
-                sizes = [known.simplify(extent) for extent in _grid(func.body)]
-                for size in sizes:
-                    if isinstance(size, tirx.IntImm) and int(size) > self.limits.max_grid:
-                        raise QccError(
-                            f"kernel {gv.name_hint}: {int(size)} workgroups in a dimension; the "
-                            f"limit is {self.limits.max_grid}"
-                        )
-        return mod
+    Raises:
+        QccError: such a kernel, by name.
+    """
+    functions = mod.functions_items()
+    most = max((_bound(func) for _, func in functions), default=1)
+    for gv, func in functions:
+        if isinstance(func, tirx.PrimFunc):
+            known = _known(func, most)
+            sizes = [known.simplify(extent) for extent in _grid(func.body)]
+            for size in sizes:
+                if isinstance(size, tirx.IntImm) and int(size) > limits.max_grid:
+                    raise QccError(
+                        f"kernel {gv.name_hint}: {int(size)} workgroups in a dimension; the "
+                        f"limit is {limits.max_grid}"
+                    )
 
 
 def _bound(func: Any) -> int:

@@ -20,12 +20,17 @@ def gpu_target(name: str, description: str, limits: Limits, **others: Any) -> Ta
     def passes(phase: str, target: Any, opt: int) -> Sequence[Any]:
         from qcc.targets.gpu.passes import lowering, scheduling
 
-        return lowering(limits, opt) if phase == "lower" else scheduling(target, limits)
+        return lowering(limits, opt) if phase == "lower" else scheduling(target)
 
     def kv_kernels(config: KVCacheConfig, _target: Any) -> KVKernels:
         from qcc.targets.gpu import kv_cache
 
         return kv_cache.kv_kernels(config, limits)
+
+    def check(module: Any) -> None:
+        from qcc.targets.gpu.check import check_grids
+
+        check_grids(module, limits)
 
     return TargetSpec(
         name=name,
@@ -34,5 +39,6 @@ def gpu_target(name: str, description: str, limits: Limits, **others: Any) -> Ta
         default_prefill_chunk=PREFILL_CHUNK,
         passes=passes,
         kv_kernels=kv_kernels,
+        check=check,
         **others,
     )

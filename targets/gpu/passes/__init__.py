@@ -23,9 +23,8 @@ def lowering(limits: Limits, opt: int) -> list[Any]:
     return [*([LowerLinear(limits)] if opt >= 1 else []), LowerRows(limits), WidenMatmul()]
 
 
-def scheduling(target: Any, limits: Limits) -> list[Any]:
+def scheduling(target: Any) -> list[Any]:
     """The passes of phase `schedule`."""
-    from qcc.targets.gpu.check import CheckGrids
     from qcc.targets.gpu.passes.schedule import ScheduleKernels
 
-    return [ScheduleKernels(target), CheckGrids(limits)]
+    return [ScheduleKernels(target)]
