@@ -111,7 +111,9 @@ class Embedder:
         self.threads = tvm_runtime.set_threads(threads)
         self.artifact.verify(report("check"))
         machine = open_device(device)
-        self.library = Library(self.artifact.library(library_name(device)), machine)
+        path = self.artifact.library(library_name(device))
+        machine.check_library(self.artifact, path)
+        self.library = Library(path, machine)
         meta = self.library.metadata
         chosen = choose_precision(precision, meta.precision)
         check_embedding(meta, machine.memory)

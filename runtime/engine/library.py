@@ -150,8 +150,10 @@ class Library:
         self, name: str, hidden: Any, lead: tuple[int, int], cache: KVCache, *extra: Any
     ) -> Floats:
         shape = self.ffi.Shape((*lead, int(hidden.shape[-1])))
-        result = self.vm[name](self._reshape(hidden, shape), *extra, *cache.arguments, self.params)
-        logits = self.device.array(result[0])
+        hidden = self._reshape(hidden, shape)
+        with self.device.errors(name):
+            result = self.vm[name](hidden, *extra, *cache.arguments, self.params)
+            logits = self.device.array(result[0])
         return cast("Floats", logits.reshape(-1, logits.shape[-1]))
 
     def _tensor(self, values: Tokens) -> Any:
@@ -175,7 +177,8 @@ class KVCache:
         name = "create_tir_paged_kv_cache"
         make = library.vm[f"{name}_{meta.kv}" if "kv" in meta.extents else name]
         self._shape = library.ffi.Shape
-        self.handle = make(*(self._shape((size,)) for size in sizes))
+        with library.device.errors(f"a KV cache of {total_tokens} tokens"):
+            self.handle = make(*(self._shape((size,)) for size in sizes))
         self.recurrent = (
             RecurrentState(library.device, meta.states, max_batch_size) if meta.states else None
         )

@@ -97,7 +97,9 @@ class CompiledModel:
             QccError: a device without a library, sizes beyond the library's, not enough memory.
         """
         machine = open_device(device)
-        library = Library(artifact.library(library_name(device)), machine)
+        path = artifact.library(library_name(device))
+        machine.check_library(artifact, path)
+        library = Library(path, machine)
         precision = self.precision = choose_precision(precision, library.metadata.precision)
         library.choose_kv(kv, default_kv(precision), precision != "high" and enable_tiles())
         meta = library.metadata

@@ -95,12 +95,14 @@ def _slots_of_device(
 ) -> list[Any]:
     """The same for a device with memory of its own: one tensor after another goes there."""
     slots = library.metadata.slots
+    library.device.check_tensors(slot.type for slot in slots)
     total = sum(slot.type.nbytes for slot in slots)
     maker, found = _SlotMaker(artifact, library, total, progress), []
     for slot in slots:
         given = slot.setting is not None
         found.append(_setting(slot.type, settings) if given else maker.tensor(slot))
-        found[-1] = library.device.put(found[-1])
+        with library.device.errors(f"{artifact.folder}: {slot.type.name}"):
+            found[-1] = library.device.put(found[-1])
     return found
 
 
