@@ -9,8 +9,8 @@ const LARGE = 200e6; // bytes that are not fetched unasked
 const RECORD = "model-record.json";
 const NAMES: Record<Progress["stage"], string> = {
   library: "Starting",
-  shaders: "Preparing the GPU",
   weights: "Fetching the model",
+  shaders: "Preparing the GPU",
   ready: "Ready",
 };
 
@@ -51,7 +51,7 @@ function show({ stage, loaded, total, fromCache }: Progress): void {
   element("loading-note").textContent = fetched
     ? `${megabytes(loaded)} of ${megabytes(total)}`
     : "\u00a0";
-  if (total > 0) {
+  if (fetched) {
     bar.max = total;
     bar.value = loaded;
   } else {

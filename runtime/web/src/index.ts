@@ -31,27 +31,31 @@ export async function load(
   const shards = parseShards(await fetchJson(tensorCache, { signal }), tensorCache);
 
   const fail = (error: QccError): void => options.onFailure?.(error);
-  const gpu = await Gpu.open(
-    { features: record.required_features ?? [], largest: largestOf(shards) }, fail,
-  );
+  const features = record.required_features ?? [];
+  const gpu = await Gpu.open({ features, largest: largestOf(shards) }, fail);
+  let library: Library | undefined;
   try {
     const wasm = await fetchWasm(new URL(record.model_lib, base).href, { signal });
     const texts = await fetchTexts(record, folder, signal);
     const tokenizer = new Tokenizer(texts);
-    const library = await Library.open(wasm.buffer, gpu);
+    library = await Library.open(wasm.buffer, gpu);
     checkTensors(library.metadata, shards);
     const sizes = windowOf(library.metadata, options.contextWindowSize);
 
-    report({ stage: "shaders" });
-    await library.compileShaders((share) => report({ loaded: share, total: 1 }));
+    // The GPU's compiler works while the weights come, and both end the load where they fail.
+    const compiling = library.compileShaders();
     const weightBytes = shards.reduce((sum, shard) => sum + shard.nbytes, 0);
-    report({ stage: "weights", loaded: 0, total: weightBytes });
+    report({ stage: "weights", total: weightBytes });
     const onBytes = (count: number, fromCache: boolean): void =>
       report({ loaded: state.loaded + count, fromCache: state.fromCache && fromCache });
-    const coming = loadShards(folder, shards, { signal, cache: options.cache ?? true, onBytes });
-    for await (const { shard, bytes } of coming) {
-      for (const tensor of shard.records) await library.loadTensor(tensor, bytes);
-    }
+    const fetching = async (library: Library): Promise<void> => {
+      const coming = loadShards(folder, shards, { signal, cache: options.cache ?? true, onBytes });
+      for await (const { shard, bytes } of coming) {
+        for (const tensor of shard.records) await library.loadTensor(tensor, bytes);
+      }
+      report({ stage: "shaders" });
+    };
+    await Promise.all([compiling, fetching(library)]);
     library.bind();
     if (library.metadata.model_task !== "embedding") await library.makeCache(sizes.cacheTokens);
     signal?.throwIfAborted();
@@ -66,7 +70,8 @@ export async function load(
       weightBytes,
     });
   } catch (error) {
-    gpu.close();
+    if (library) library.dispose();
+    else gpu.close();
     throw error;
   }
 }

@@ -1,7 +1,9 @@
 /** A compiled library on a GPU: its functions, its weights, its KV cache. No text, no policy. */
 
 import { instantiate } from "tvmjs";
-import type { DLDevice, Instance, PackedFunc, Tensor, TVMArray, TVMObject } from "tvmjs";
+import type {
+  DLDevice, Instance, Module, PackedFunc, Tensor, TVMArray, TVMObject, VirtualMachine,
+} from "tvmjs";
 import { QccError, messageOf } from "./errors";
 import type { Gpu } from "./device";
 import { type Metadata, parseMetadata } from "./metadata";
@@ -9,11 +11,15 @@ import { type TensorRecord, tensorBytes } from "./weights";
 import { Wasi } from "./wasi";
 
 const SEQUENCE = 0; // there is one
+const SHADERS = "webgpu.get_fmap";
+// Trees of drafts, copies of pages, and what we do with logits in JavaScript.
+const RARE = /tree_prefill|copy|debug|argsort|sample|softmax|apply_/;
 
 /** The virtual machine of one library. */
 export class Library {
   readonly metadata: Metadata;
   private readonly device: DLDevice;
+  private readonly vm: VirtualMachine;
   private readonly functions = new Map<string, PackedFunc>();
   private readonly tensors = new Map<string, Tensor>();
   private readonly outputs = new Map<number, Tensor>(); // by their size: where results are read
@@ -24,17 +30,9 @@ export class Library {
     private readonly tvm: Instance, private readonly gpu: Gpu, private readonly wasi: Wasi,
   ) {
     this.device = tvm.webgpu();
-    this.metadata = this.scope(() => {
-      const vm = tvm.createVirtualMachine(this.device);
-      tvm.detachFromCurrentScope(vm);
-      this.lookUp = (name) => vm.getFunction(name);
-      this.module = () => vm.getInternalModule();
-      return parseMetadata(this.call("_metadata") as string);
-    });
+    this.vm = this.scope(() => tvm.detachFromCurrentScope(tvm.createVirtualMachine(this.device)));
+    this.metadata = this.scope(() => parseMetadata(this.call("_metadata") as string));
   }
-
-  private lookUp!: (name: string) => PackedFunc;
-  private module!: () => Parameters<Instance["asyncLoadWebGPUPipelines"]>[0];
 
   /** Instantiate a wasm on a GPU. */
   static async open(wasm: ArrayBuffer, gpu: Gpu): Promise<Library> {
@@ -50,15 +48,26 @@ export class Library {
     }
   }
 
-  /** Compile all shaders; an error of one names it. `report` is told the share that is done. */
-  async compileShaders(report: (share: number) => void): Promise<void> {
-    this.tvm.registerInitProgressCallback(({ progress }) => report(progress));
+  /** Compile the shaders that answers need; an error of one ends the device. */
+  async compileShaders(): Promise<void> {
+    const module = this.vm.getInternalModule();
+    const needed = {
+      getFunction: (name: string) =>
+        name === SHADERS ? () => this.usualShaders(module) : module.getFunction(name),
+    };
     try {
-      await this.tvm.asyncLoadWebGPUPipelines(this.module());
+      await this.tvm.asyncLoadWebGPUPipelines(needed);
     } catch (error) {
       this.gpu.check();
       throw this.gpu.fail(`a shader does not compile on this GPU: ${messageOf(error)}`);
     }
+  }
+
+  /** The JSON of all shaders but those that only other clients run; they compile on first use. */
+  private usualShaders(module: Module): string {
+    const all = JSON.parse(module.getFunction(SHADERS)() as string) as Record<string, unknown>;
+    const usual = Object.entries(all).filter(([name]) => !RARE.test(name));
+    return JSON.stringify(Object.fromEntries(usual));
   }
 
   /** Copy one tensor to the GPU. */
@@ -147,9 +156,11 @@ export class Library {
     return Number(found?.[1] ?? 0) * 2 ** 20;
   }
 
+  /** Free the GPU's memory. A device that was lost has taken TVM with it. */
   dispose(): void {
+    const lost = this.gpu.failure;
     this.gpu.close();
-    this.tvm.dispose();
+    if (!lost) this.tvm.dispose();
   }
 
   private addSequence(): void {
@@ -196,7 +207,7 @@ export class Library {
   }
 
   private call(name: string, ...args: unknown[]): unknown {
-    return this.once(name, () => this.lookUp(name))(...args);
+    return this.once(name, () => this.vm.getFunction(name))(...args);
   }
 
   private global(name: string): PackedFunc {

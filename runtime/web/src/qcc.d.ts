@@ -140,9 +140,9 @@ export interface Model {
 
 /** How far a load is. */
 export interface Progress {
-  /** library: code and tokenizer. shaders: compiling them. weights: fetching them. */
-  stage: "library" | "shaders" | "weights" | "ready";
-  /** Bytes of weights, shaders by number; 0 of 0 where it is not known. */
+  /** library: fetching code and tokenizer. shaders: the GPU's compiler still works. */
+  stage: "library" | "weights" | "shaders" | "ready";
+  /** Bytes of weights; 0 of 0 before they are known. */
   loaded: number;
   total: number;
   /** Whether all weights so far came from the browser's cache. */

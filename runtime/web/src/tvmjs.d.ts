@@ -38,8 +38,9 @@ declare module "tvmjs" {
     endScope(): void;
     detachFromCurrentScope<T extends Disposable>(object: T): T;
     initWebGPU(device: GPUDevice): void;
-    asyncLoadWebGPUPipelines(module: Module): Promise<void>;
-    registerInitProgressCallback(callback: (report: { progress: number }) => void): void;
+    asyncLoadWebGPUPipelines(
+      module: { getFunction(name: string): (...args: unknown[]) => unknown },
+    ): Promise<void>;
     createVirtualMachine(device: DLDevice): VirtualMachine;
     getGlobalFunc(name: string): PackedFunc;
     webgpu(): DLDevice;
