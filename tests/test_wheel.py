@@ -18,6 +18,7 @@ DATA = (
     "runtime/native/*.[ch]*",
     "runtime/web/*.*",
     "runtime/web/*/*.*",
+    "targets/webgpu/wasm/include/**/*.*",
 )
 
 
