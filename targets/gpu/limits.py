@@ -16,6 +16,8 @@ class Limits:
         max_grid: workgroups in a dimension.
         max_buffer_bytes: of a tensor that a kernel binds.
         narrow_integers: no 64-bit types.
+        paired_trees: TVM's KV cache hands over the ranges of a token tree's nodes as [n, 2], as it
+            does on CUDA, and not as [2 * n].
     """
 
     max_threads: int = 256
@@ -24,3 +26,4 @@ class Limits:
     max_grid: int = 65535
     max_buffer_bytes: int = 1 << 30
     narrow_integers: bool = True
+    paired_trees: bool = False

@@ -20,12 +20,21 @@ TARGET = tvm.target.Target(
     host={"kind": "llvm", "mtriple": "wasm32-unknown-unknown-wasm", "mcpu": "mvp"},
 )
 DIMENSIONS = [f"{index}Idx.{axis}" for index in ("block", "thread") for axis in "xyz"]
+
+
+def _divide(a: int | float, b: int | float) -> int | float:
+    """As C divides: integers towards zero."""
+    return a / b if isinstance(a, float) else abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
 BINARY = {
     tirx.Add: operator.add,
     tirx.Sub: operator.sub,
     tirx.Mul: operator.mul,
     tirx.FloorDiv: operator.floordiv,
     tirx.FloorMod: operator.mod,
+    tirx.Div: _divide,
+    tirx.Mod: lambda a, b: a - b * _divide(a, b),
     tirx.Min: min,
     tirx.Max: max,
     tirx.EQ: operator.eq,
