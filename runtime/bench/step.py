@@ -3,7 +3,7 @@
 The virtual machine's instrument is called before and after every call that the compiled code makes,
 with its arguments; a tensor at the address of a slot of the packed tuple is that weight. What runs
 inside a call, as the kernels of the KV cache, is not seen apart. Watching costs some microseconds a
-call, part of which the call's own time has.
+call, part of which the call's own time has; on a GPU a call's time is that of its kernels there.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Watch:
         tensors = zip(model.library.params, self.slots, strict=False)
         self._at = {tensor.data_ptr(): i for i, (tensor, _) in enumerate(tensors)}
         self._calls: list[Call] = []
+        self._clock: Callable[[], float] = time.perf_counter
         self._started = 0.0
 
     def step(self, contexts: Contexts, batch: int, depth: int, repeats: int = 1) -> Step:
@@ -83,7 +84,7 @@ class Watch:
         seqs = contexts.hold(batch, depth)
         tokens = contexts.tokens(batch)
         runs, lookups = [], 0
-        with library.watched(self._instrument):
+        with library.watched(self._instrument), library.device.clock() as self._clock:
             for _ in range(repeats + 1):
                 contexts.hold(batch, depth)
                 lookups = len(self._recorded(lambda: library.embed(tokens)))
@@ -99,7 +100,6 @@ class Watch:
         return self._calls
 
     def _instrument(self, _: Any, name: str, before: bool, __: Any, *args: Any) -> int:
-        now = time.perf_counter()
         if before:
             tensors = [arg for arg in args if hasattr(arg, "data_ptr")]
             # What the runtime itself offers has dots in its name.
@@ -111,9 +111,10 @@ class Watch:
                 if EXPERTS in self.slots[slot].type.name:
                     slots[slot] = self._experts_share(slot, tensors)
             self._calls.append(Call(str(name), 0.0, slots, is_kernel))
-            self._started = time.perf_counter()
+            self._started = self._clock()
         else:
-            self._calls[-1] = replace(self._calls[-1], seconds=now - self._started)
+            seconds = self._clock() - self._started
+            self._calls[-1] = replace(self._calls[-1], seconds=seconds)
         return 0  # run it
 
     def _experts_share(self, slot: int, tensors: Sequence[Any]) -> float:

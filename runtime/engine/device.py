@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,21 @@ class Device:
                 raise
             reason = "; ".join(line.strip() for line in str(err).splitlines() if line.strip())
             raise QccError(f"{doing}: {reason}") from err
+
+    @contextmanager
+    def clock(self) -> Iterator[Callable[[], float]]:
+        """Within, a function that tells seconds: a GPU's of its kernels alone, by its timestamps.
+
+        Raises:
+            QccError: a GPU without timestamps.
+        """
+        if self.is_host:
+            yield time.perf_counter
+            return
+        from qcc.runtime.native.vulkan import kernel_times
+
+        with self.errors("--profile"), kernel_times(self.index) as times:
+            yield lambda: sum(seconds for _, seconds in times().values())
 
     def zeros(self, shape: tuple[int, ...]) -> Any:
         """A tensor f32[*shape] of zeros."""

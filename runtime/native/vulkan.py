@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -101,9 +101,12 @@ def counters(index: int = 0) -> dict[str, int]:
     return {str(name): int(count) for name, count in found.items()}
 
 
+Times = dict[str, tuple[int, float]]
+
+
 @contextmanager
-def kernel_times(index: int = 0) -> Iterator[dict[str, tuple[int, float]]]:
-    """Kernel -> (calls, seconds on adapter `index`) of the block, known at its end.
+def kernel_times(index: int = 0) -> Iterator[Callable[[], Times]]:
+    """Within, a function that tells kernel -> (calls, seconds on adapter `index`) since the start.
 
     Each kernel runs in a pass of its own and each submission is waited for: the sum of the times
     is right, the time that the block takes is not.
@@ -113,11 +116,13 @@ def kernel_times(index: int = 0) -> Iterator[dict[str, tuple[int, float]]]:
     """
     load_vulkan()
     profile = tvm_runtime.global_function("qcc.vulkan.profile")
-    found: dict[str, tuple[int, float]] = {}
+    times = tvm_runtime.global_function("qcc.vulkan.times")
+
+    def read() -> Times:
+        return {str(name): (int(n), int(ns) / 1e9) for name, (n, ns) in times(index).items()}
+
     profile(index, True)
     try:
-        yield found
-        times = tvm_runtime.global_function("qcc.vulkan.times")(index)
-        found.update({str(name): (int(n), int(ns) / 1e9) for name, (n, ns) in times.items()})
+        yield read
     finally:
         profile(index, False)
