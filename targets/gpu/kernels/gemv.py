@@ -1,4 +1,5 @@
-"""y = x @ W.T for one row x: a workgroup holds some rows of W, its threads share their columns.
+"""y = x @ W.T for one row x, or one at a time: a workgroup holds some rows of W, its threads share
+their columns.
 
 Consecutive threads take consecutive units of a row where those lie side by side in memory (NK),
 consecutive rows where those do (KN). What comes before, a norm, and after, a gated activation and
@@ -14,7 +15,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from qcc.quant_schemes.attributes import LINEAR, ROLE
+from qcc.quant_schemes.attributes import EXPERT_LINEAR, LINEAR, ROLE
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.gpu.kernels.epilogue import Epilogue
 from qcc.targets.gpu.kernels.tir import (
@@ -65,6 +66,37 @@ def gemv(
     return kernel("gemv", args, work.emit, {ROLE: LINEAR})
 
 
+@cache
+def experts_gemv(
+    fmt: WeightFormat, experts: int, n: int, k: int, dtype: str, each: int, limits: Limits
+) -> tirx.PrimFunc:
+    """PrimFunc (x dtype[r, k], parts [experts * n, k], ids int32[p]) -> y dtype[p, n].
+
+    Row p of y is row p // `each` of x times the n rows of expert ids[p]; r = ceil(p / each).
+    """
+    work = _Gemv(fmt, n, k, Epilogue(dtype), None, limits, experts)
+    pairs, rows = tirx.Var("p", "int64"), tirx.Var("r", "int64")
+
+    def body(x: Any, *rest: Any) -> None:
+        *parts, ids, y = rest
+        with block(tirx.Cast("int32", pairs), "y") as pair:
+            work.emit_row(Row(pair // each, ids[pair] * n, pair), x, None, parts, [y])
+
+    args: list[Arg] = [("x", (rows, k), dtype)]
+    args += [(part.suffix, part.shape, part.dtype) for part in fmt.stored(experts * n, k)]
+    args += [("ids", (pairs,), "int32"), ("y", (pairs, n), dtype)]
+    return kernel("experts_gemv", args, body, {ROLE: EXPERT_LINEAR})
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of x, the first row of W that multiplies it, and the row of y that it gives."""
+
+    x: Any
+    first: Any
+    y: Any
+
+
 class _Gemv:
     def __init__(
         self,
@@ -74,7 +106,9 @@ class _Gemv:
         epilogue: Epilogue,
         norm: Norm | None,
         limits: Limits,
+        experts: int = 1,
     ) -> None:
+        self.stored_rows = experts * n
         self.fmt, self.n, self.k, self.epilogue, self.norm = fmt, n, k, epilogue, norm
         layout = "NK" if fmt.is_float else fmt.layout
         self.lanes = LANES[layout]
@@ -92,7 +126,10 @@ class _Gemv:
         given = list(rest)
         weight = given.pop(0) if self.norm else None
         count = len(self.fmt.stored(self.n, self.k))
-        parts, ends = given[:count], given[count:]
+        self.emit_row(Row(0, 0, 0), x, weight, given[:count], given[count:])
+
+    def emit_row(self, of: Row, x: Any, weight: Any, parts: list[Any], ends: list[Any]) -> None:
+        """What a row of workgroups does; `weight` is that of a norm."""
         span = self.rows * self.each
         with block(ceil_div(self.outputs, span)) as group, threads(self.threads) as thread:
             lane, row = thread % self.lanes, thread // self.lanes
@@ -101,35 +138,35 @@ class _Gemv:
             sums = [shared((self.rows, self.lanes), "float32") for _ in range(self.slots)]
             first = T.bind(group * span + row)
             acc = registers(self.slots, 0.0)
-            self._accumulate(x, weight, parts, first, lane, acc)
+            self._accumulate(of, x, weight, parts, first, lane, acc)
             for slot, memory in enumerate(sums):
                 T.buffer_store(memory, acc[slot], [row, lane])
             tree_reduce(sums, lambda i: [row, i], lane, self.lanes)
-            self._write(sums, first, row, lane, ends)
+            self._write(of, sums, first, row, lane, ends)
 
     def _accumulate(
-        self, x: Any, weight: Any, parts: list[Any], first: Any, lane: Any, acc: Any
+        self, of: Row, x: Any, weight: Any, parts: list[Any], first: Any, lane: Any, acc: Any
     ) -> None:
-        weights = Weights(self.fmt, self.n, self.k, parts)
+        weights = Weights(self.fmt, self.stored_rows, self.k, parts)
         steps, rest = divmod(weights.units, self.lanes)
         with T.serial(0, steps + (rest > 0)) as step:
             unit = T.bind(step * self.lanes + lane)
 
             def one() -> None:
-                values = self._columns(x, weight, unit, weights.columns, acc)
+                values = self._columns(of, x, weight, unit, weights.columns, acc)
                 for i in range(self.sources):
-                    product = weights.dot(self._row(first, i), unit, values)
+                    product = weights.dot(of.first + self._row(first, i), unit, values)
                     T.buffer_store(acc, acc[i] + product, [i])
 
             when(True if not rest else unit < weights.units, one)
 
-    def _columns(self, x: Any, weight: Any, unit: Any, count: int, acc: Any) -> list[Any]:
+    def _columns(self, of: Row, x: Any, weight: Any, unit: Any, count: int, acc: Any) -> list[Any]:
         """A unit of x as f32; where there is a norm its squares are added up."""
         found = []
         for j in range(count):
             column = unit * count + j
             inside = T.min(column, self.k - 1) if self.k % count else column
-            value = T.cast(x[0, inside], "float32")
+            value = T.cast(x[of.x, inside], "float32")
             if self.k % count:
                 value = T.Select(column < self.k, value, T.float32(0))
             value = T.bind(value)
@@ -147,7 +184,9 @@ class _Gemv:
             row = T.min(row, self.outputs - 1)
         return T.bind(row + half * self.outputs)
 
-    def _write(self, sums: list[Any], first: Any, row: Any, lane: Any, ends: list[Any]) -> None:
+    def _write(
+        self, of: Row, sums: list[Any], first: Any, row: Any, lane: Any, ends: list[Any]
+    ) -> None:
         """One thread writes an output."""
         with T.If(lane == 0), T.Then():
             factor = None
@@ -162,7 +201,7 @@ class _Gemv:
                     for half in range(self.epilogue.halves):
                         value = sums[out * self.epilogue.halves + half][row, 0]
                         values.append(T.bind(value if factor is None else value * factor))
-                    self.epilogue.write(ends, 0, at, values)
+                    self.epilogue.write(ends, of.y, at, values)
 
                 exact = self.outputs % (self.rows * self.each) == 0
                 when(True if exact else at < self.outputs, write)

@@ -7,6 +7,8 @@ After:   z = call_tir(gemv, (x, w, q, s, bias, r))
 
 Many rows take gemm, whose norms stay operators. A gate, act(first half of y) * second half, is
 taken over the same way, and so is a cast of y, whose sums are then rounded once.
+
+Layers of experts:  y = call_tir(experts_gemv, (x, q, s, ids))
 """
 
 from __future__ import annotations
@@ -20,10 +22,16 @@ from tvm.relax.expr_functor import PyExprMutator, mutator
 
 from qcc.targets.gpu.kernels.epilogue import Epilogue
 from qcc.targets.gpu.kernels.gemm import gemm
-from qcc.targets.gpu.kernels.gemv import Norm, gemv
+from qcc.targets.gpu.kernels.gemv import Norm, experts_gemv, gemv
 from qcc.targets.gpu.limits import Limits
 from qcc.targets.gpu.passes.match_product import Product, Products
-from qcc.targets.matching import is_one, product_of, weighted_functions
+from qcc.targets.matching import (
+    ExpertLayer,
+    is_one,
+    match_experts,
+    product_of,
+    weighted_functions,
+)
 
 
 @tvm.transform.module_pass(opt_level=0, name="LowerLinear")
@@ -63,7 +71,27 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
 
     def visit_call_(self, call: rx.Call) -> rx.Expr:
         product, self.current = self.current, None
-        return self._linear(product) if product else super().visit_call_(call)
+        if product is not None:
+            return self._linear(product)
+        assert self.products is not None
+        layer = match_experts(self.mod, self.products.bindings, call)
+        return super().visit_call_(call) if layer is None else self._experts(layer, call.ty)
+
+    def _experts(self, layer: ExpertLayer, ty: Any) -> rx.Expr:
+        weight, x, ids = layer.weight, layer.x, layer.ids
+        slots = ids.ty.shape[1]
+        rows, pairs = product_of(list(x.ty.shape)[:-1]), product_of(ids.ty.shape)
+        each = 1 if len(x.ty.shape) == 3 else int(slots)  # pairs of a row of x
+        dtype = str(ty.dtype)
+        func = experts_gemv(
+            weight.format, layer.experts, layer.n, weight.k, dtype, each, self.limits
+        )
+        args = [self._flat(self.visit_expr(x), rows, weight.k)]
+        args += [self.visit_expr(part) for part in weight.parts]
+        args.append(self.builder_.emit(rx.op.reshape(self.visit_expr(ids), (pairs,))))
+        out = rx.TensorType((pairs, layer.n), dtype)
+        y = self.builder_.emit(rx.call_tir(self._add(func, "experts_gemv"), args, out_ty=out))
+        return rx.op.reshape(y, list(ty.shape))
 
     def _linear(self, product: Product) -> rx.Expr:
         assert self.products is not None

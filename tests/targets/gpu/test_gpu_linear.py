@@ -10,7 +10,7 @@ import pytest
 from qcc.quant_schemes.format import WeightFormat, float_format, mxfp4
 from qcc.targets.gpu.kernels.epilogue import Epilogue
 from qcc.targets.gpu.kernels.gemm import gemm
-from qcc.targets.gpu.kernels.gemv import Norm, gemv
+from qcc.targets.gpu.kernels.gemv import Norm, experts_gemv, gemv
 from qcc.targets.gpu.limits import Limits
 
 from ..linear_weights import RELATIVE, asymmetric, q, stored
@@ -151,3 +151,19 @@ def test_f16_shaders_are_valid() -> None:
         ):
             for shader in wgsl_of(func):
                 validate_f16(shader.source)
+
+
+@pytest.mark.parametrize("name", ["4/32", "4/32 KN", "mxfp4", "f16"])
+def test_experts(name: str) -> None:
+    """Three experts, two for each token; x shared by a token's experts, and its own for each."""
+    fmt, experts, (n, k) = FORMATS[name], 3, TAILS
+    ids = np.array([2, 0, 0, 1, 2, 1, 1, 0, 0, 2], np.int32)
+    for each in (2, 1):
+        rows = len(ids) // each
+        x = np.random.default_rng(each).normal(size=(rows, k)).astype(np.float32)
+        parts, weights, _ = stored(fmt, experts * n, k)
+        func = experts_gemv(fmt, experts, n, k, "float32", each, LIMITS)
+        (y,) = run_wgsl(func, [x, *parts, ids, garbage((len(ids), n), "float32")])
+        for pair, expert in enumerate(ids):
+            row, own = x[pair // each].astype(np.float64), slice(expert * n, (expert + 1) * n)
+            close(y[pair], weights[own] @ row, np.abs(weights[own]) @ np.abs(row))
