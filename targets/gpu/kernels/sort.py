@@ -3,8 +3,8 @@
 A workgroup sorts a tile of 2048 elements in its memory; then each pass over the row merges pairs of
 sorted runs, every workgroup writing one tile of the result, which it finds by bisection. A row of
 V takes ceil(log2(V / 2048)) passes after the first, each reading and writing 8 bytes an element:
-V = 32000: 1 + 4 launches and 2.6 MB; 151936: 1 + 7 and 19.4 MB. A radix sort of four 8-bit digits
-would move 12 to 19 MB in 12 launches, for each digit counts, sums of counts and moves.
+V = 32000: 1 + 4 launches and 2.4 MB; 151936: 1 + 7 and 18.8 MB. A radix sort of four 8-bit digits
+would move 12.2 MB there, in 12 launches: for each digit counts, sums of counts and moves.
 """
 
 from __future__ import annotations
@@ -80,34 +80,38 @@ class _Argsort:
     def _sort_tiles(self, probs: Any, to: tuple[Any, Any]) -> None:
         with block(self.rows, "y") as row, block(self.tiles) as tile:
             with threads(self.threads) as thread:
-                memory = _Memory(self.tile)
+                memory = shared((self.tile,), "int32")
+                mine = _Registers(memory, thread)
                 first = T.bind(tile * self.tile)
                 with T.serial(0, EACH) as e:
                     place = T.bind(e * self.threads + thread)
-                    column = T.bind(first + place)
-                    key = _key(probs[row, T.min(column, self.width - 1)])
-                    memory.set(place, T.Select(column < self.width, key, LOWEST), column)
+                    key = _key(probs[row, T.min(first + place, self.width - 1)])
+                    inside = first + place < self.width
+                    T.buffer_store(memory, T.Select(inside, key, LOWEST), [place])
                 _barrier()
-                mine = _Registers()
                 with T.serial(0, EACH) as e:
-                    place = thread * EACH + e
-                    mine.set(e, memory.keys[place], memory.ids[place])
+                    place = T.bind(thread * EACH + e)
+                    T.buffer_store(mine.keys, memory[place], [e])
+                    T.buffer_store(mine.ids, first + place, [e])
                 mine.sort()
-                memory.put(thread, mine)
                 with T.serial(0, self.threads.bit_length() - 1) as step:
                     count = T.bind(T.shift_left(EACH, step))
                     at = T.bind(thread * EACH)
                     start = T.bind(at & ~(count * 2 - 1))
-                    mine.merge(memory, _Run(start, count), _Run(start + count, count), at - start)
-                    memory.put(thread, mine)
-                self._store(memory, row, first, thread, to)
+                    mine.put(mine.keys)
+                    mine.merge(_Run(start, count), _Run(start + count, count), at - start)
+                    mine.put(mine.ids)
+                    with T.serial(0, EACH) as e:
+                        T.buffer_store(mine.ids, memory[mine.places[e]], [e])
+                self._store(mine, row, first, to)
 
     def _merge_runs(self, source: tuple[Any, Any], to: tuple[Any, Any], length: Any) -> None:
         """Runs of `length` elements become runs of twice as many."""
         values, tokens = source
         with block(self.rows, "y") as row, block(self.tiles) as tile:
             with threads(self.threads) as thread:
-                memory = _Memory(self.tile)
+                memory = shared((self.tile,), "int32")
+                mine = _Registers(memory, thread)
                 first = T.bind(tile * self.tile)
                 start = T.bind(first & ~(length * 2 - 1))
                 middle = T.bind(T.min(start + length, self.width))
@@ -119,65 +123,47 @@ class _Argsort:
                 goal = T.bind(T.Select(thread % 2 == 0, low, high))
                 split = _split(lambda i: _key(values[row, i]), a, b, goal)
                 with T.If(thread < 2), T.Then():
-                    T.buffer_store(memory.ids, split, [thread])
+                    T.buffer_store(memory, split, [thread])
                 _barrier()
-                a_low, a_high = T.bind(memory.ids[0]), T.bind(memory.ids[1])
+                a_low, a_high = T.bind(memory[0]), T.bind(memory[1])
                 _barrier()
                 part = _Run(0, T.bind(a_high - a_low))
                 rest = _Run(part.count, T.bind(high - low - part.count))
+
+                def column(place: Any) -> Any:
+                    """Where the place in memory was; past the end of a row nobody looks at it."""
+                    from_b = middle + (low - a_low) + (place - part.count)
+                    found = T.Select(place < part.count, start + a_low + place, from_b)
+                    return T.bind(T.min(found, self.width - 1))
+
                 with T.serial(0, EACH) as e:
                     place = T.bind(e * self.threads + thread)
-                    from_a = start + a_low + place
-                    from_b = middle + (low - a_low) + (place - part.count)
-                    column = T.Select(place < part.count, from_a, from_b)
-                    # past the end of a row's last tile: nobody looks at it
-                    column = T.bind(T.min(column, self.width - 1))
-                    memory.set(place, _key(values[row, column]), tokens[row, column])
+                    T.buffer_store(memory, _key(values[row, column(place)]), [place])
                 _barrier()
-                mine = _Registers()
-                at = T.bind(T.min(thread * EACH, high - low))
-                mine.merge(memory, part, rest, at)
-                memory.put(thread, mine)
-                self._store(memory, row, first, thread, to)
+                mine.merge(part, rest, T.bind(T.min(thread * EACH, high - low)))
+                with T.serial(0, EACH) as e:
+                    T.buffer_store(mine.ids, tokens[row, column(T.bind(mine.places[e]))], [e])
+                self._store(mine, row, first, to)
 
-    def _store(
-        self, memory: _Memory, row: Any, first: Any, thread: Any, to: tuple[Any, Any]
-    ) -> None:
-        with T.serial(0, EACH) as e:
-            place = T.bind(e * self.threads + thread)
-            with T.If(first + place < self.width), T.Then():
-                T.buffer_store(to[0], _value(memory.keys[place]), [row, first + place])
-                T.buffer_store(to[1], memory.ids[place], [row, first + place])
-
-
-class _Memory:
-    """A tile in workgroup memory: keys that rise with the values, and columns."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.keys, self.ids = shared((count,), "int32"), shared((count,), "int32")
-
-    def set(self, place: Any, key: Any, column: Any) -> None:
-        T.buffer_store(self.keys, key, [place])
-        T.buffer_store(self.ids, column, [place])
-
-    def put(self, thread: Any, mine: _Registers) -> None:
-        """Every thread's elements, when all have read what they need."""
-        _barrier()
-        with T.serial(0, EACH) as e:
-            self.set(thread * EACH + e, mine.keys[e], mine.ids[e])
-        _barrier()
+    def _store(self, mine: _Registers, row: Any, first: Any, to: tuple[Any, Any]) -> None:
+        """Write a tile, neighbours by neighbouring threads."""
+        for source, sink, convert in ((mine.keys, to[0], _value), (mine.ids, to[1], _same)):
+            mine.put(source)
+            with T.serial(0, EACH) as e:
+                place = T.bind(e * self.threads + mine.thread)
+                with T.If(first + place < self.width), T.Then():
+                    T.buffer_store(sink, convert(mine.memory[place]), [row, first + place])
 
 
 class _Registers:
-    """A thread's elements."""
+    """A thread's elements: their keys, columns, and where they were in the workgroup's memory.
 
-    def __init__(self) -> None:
-        self.keys, self.ids = _local(EACH), _local(EACH)
+    That has room for keys or columns only: half the memory, and twice as many barriers.
+    """
 
-    def set(self, e: int, key: Any, column: Any) -> None:
-        T.buffer_store(self.keys, key, [e])
-        T.buffer_store(self.ids, column, [e])
+    def __init__(self, memory: Any, thread: Any) -> None:
+        self.memory, self.thread = memory, thread
+        self.keys, self.ids, self.places = _local(EACH), _local(EACH), _local(EACH)
 
     def sort(self) -> None:
         """Odd-even transposition: neighbours change places where they must, so it is stable."""
@@ -186,27 +172,33 @@ class _Registers:
                 e = T.bind(pair * 2 + step % 2)
                 with T.If(T.And(e + 1 < EACH, self.keys[e] < self.keys[T.min(e + 1, EACH - 1)])):
                     with T.Then():
-                        key, column = T.bind(self.keys[e]), T.bind(self.ids[e])
-                        self.set(e, self.keys[e + 1], self.ids[e + 1])
-                        self.set(e + 1, key, column)
+                        for each in (self.keys, self.ids):
+                            value = T.bind(each[e])
+                            T.buffer_store(each, each[e + 1], [e])
+                            T.buffer_store(each, value, [e + 1])
 
-    def merge(self, memory: _Memory, a: _Run, b: _Run, at: Any) -> None:
-        """The elements from `at` on of what two runs in memory make; of equal ones a's first."""
-        i, j = _local(1), _local(1)
-        T.buffer_store(i, _split(lambda place: memory.keys[place], a, b, at), [0])
-        T.buffer_store(j, at - i[0], [0])
+    def put(self, source: Any) -> None:
+        """Every thread's keys or columns to the memory, when all have read what they need."""
+        _barrier()
         with T.serial(0, EACH) as e:
-            left = T.bind(T.min(a.first + i[0], memory.count - 1))
-            right = T.bind(T.min(b.first + j[0], memory.count - 1))
-            left_key, right_key = T.bind(memory.keys[left]), T.bind(memory.keys[right])
-            sooner = T.And(i[0] < a.count, left_key >= right_key)
-            with T.If(T.Or(j[0] >= b.count, sooner)):
-                with T.Then():
-                    self.set(e, left_key, memory.ids[left])
-                    T.buffer_store(i, i[0] + 1, [0])
-                with T.Else():
-                    self.set(e, right_key, memory.ids[right])
-                    T.buffer_store(j, j[0] + 1, [0])
+            T.buffer_store(self.memory, source[e], [self.thread * EACH + e])
+        _barrier()
+
+    def merge(self, a: _Run, b: _Run, at: Any) -> None:
+        """The keys from `at` on of what two runs in memory make; of equal ones a's first."""
+        i, last = _local(1), int(self.memory.shape[0]) - 1
+        T.buffer_store(i, _split(lambda place: self.memory[place], a, b, at), [0])
+        with T.serial(0, EACH) as e:
+            so_far = T.bind(i[0])  # of a's
+            j = at + e - so_far
+            left = T.bind(T.min(a.first + so_far, last))
+            right = T.bind(T.min(b.first + j, last))
+            left_key, right_key = T.bind(self.memory[left]), T.bind(self.memory[right])
+            sooner = T.Or(j >= b.count, T.And(so_far < a.count, left_key >= right_key))
+            T.buffer_store(i, so_far + T.cast(sooner, "int32"), [0])
+            taken = i[0] > so_far
+            T.buffer_store(self.keys, T.Select(taken, left_key, right_key), [e])
+            T.buffer_store(self.places, T.Select(taken, left, right), [e])
 
 
 def _split(key_at: Callable[[Any], Any], a: _Run, b: _Run, goal: Any) -> Any:
@@ -234,6 +226,10 @@ def _key(value: Any) -> Any:
 
 def _value(key: Any) -> Any:
     return T.reinterpret("float32", _folded(key))
+
+
+def _same(column: Any) -> Any:
+    return column
 
 
 def _folded(bits: Any) -> Any:
