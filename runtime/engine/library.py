@@ -130,8 +130,9 @@ class Library:
 
         Only the library of an embedding model has this function, and no other.
         """
-        result = self.vm["encode"](self._tensor(tokens), self._tensor(ends), self.params)
-        return cast("Floats", self.device.array(result))
+        with self.device.errors("encode"):
+            result = self.vm["encode"](self._tensor(tokens), self._tensor(ends), self.params)
+            return cast("Floats", self.device.array(result))
 
     def layer_outputs(self, tokens: Tokens, cache: KVCache) -> list[Floats]:
         """int32[n] of one sequence -> the embedding f32[n, h] and f32[n, h] after each layer.
@@ -150,10 +151,8 @@ class Library:
         self, name: str, hidden: Any, lead: tuple[int, int], cache: KVCache, *extra: Any
     ) -> Floats:
         shape = self.ffi.Shape((*lead, int(hidden.shape[-1])))
-        hidden = self._reshape(hidden, shape)
-        with self.device.errors(name):
-            result = self.vm[name](hidden, *extra, *cache.arguments, self.params)
-            logits = self.device.array(result[0])
+        result = self.vm[name](self._reshape(hidden, shape), *extra, *cache.arguments, self.params)
+        logits = self.device.array(result[0])
         return cast("Floats", logits.reshape(-1, logits.shape[-1]))
 
     def _tensor(self, values: Tokens) -> Any:

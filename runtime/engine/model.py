@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -160,30 +161,29 @@ class CompiledModel:
     def prefill(self, seqs: Sequence[int], tokens: Sequence[Tokens]) -> Floats:
         """See Model."""
         lengths = [len(part) for part in tokens]
-        self.cache.begin(seqs, lengths)
-        if len(seqs) == 1:
-            logits = self.library.prefill(tokens[0], self.cache)
-        else:
-            last = np.cumsum(lengths, dtype=np.int32) - 1
-            logits = self.library.batch_prefill(
-                np.concatenate(tokens), last.astype(np.int32), self.cache
-            )
-        self.cache.end()
-        return logits
+        with self._run("prefill", seqs, lengths):
+            if len(seqs) == 1:
+                return self.library.prefill(tokens[0], self.cache)
+            last = (np.cumsum(lengths) - 1).astype(np.int32)
+            return self.library.batch_prefill(np.concatenate(tokens), last, self.cache)
 
     def decode(self, seqs: Sequence[int], tokens: Tokens) -> Floats:
         """See Model."""
-        self.cache.begin(seqs, [1] * len(seqs))
-        logits = self.library.decode(tokens, self.cache)
-        self.cache.end()
-        return logits
+        with self._run("decode", seqs, [1] * len(seqs)):
+            return self.library.decode(tokens, self.cache)
 
     def verify(self, seq: int, tokens: Tokens) -> Floats:
         """See Model."""
-        self.cache.begin([seq], [len(tokens)])
-        logits = self.library.verify(tokens, self.cache)
-        self.cache.end()
-        return logits
+        with self._run("verify", [seq], [len(tokens)]):
+            return self.library.verify(tokens, self.cache)
+
+    @contextmanager
+    def _run(self, name: str, seqs: Sequence[int], lengths: Sequence[int]) -> Iterator[None]:
+        """A run of the library that appends to the cache; what a GPU refuses is a QccError."""
+        with self.library.device.errors(name):
+            self.cache.begin(seqs, lengths)
+            yield
+            self.cache.end()
 
 
 def _at_most(wanted: int | None, limit: int, name: str) -> int:

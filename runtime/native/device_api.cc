@@ -98,6 +98,14 @@ class WgpuDeviceAPI final : public DeviceAPI {
     Gpu::get(dev.device_id).sync();
   }
 
+  // A part of a matrix that TVM's KV cache fills keeps the matrix's strides; one dimension has none.
+  void CopyDataFromTo(DLTensor* from, DLTensor* to, TVMStreamHandle stream) final {
+    DLTensor source = *from, target = *to;
+    if (source.ndim == 1) source.strides = nullptr;
+    if (target.ndim == 1) target.strides = nullptr;
+    DeviceAPI::CopyDataFromTo(&source, &target, stream);
+  }
+
   using DeviceAPI::AllocDataSpace;
 
  protected:
@@ -124,6 +132,11 @@ class WgpuDeviceAPI final : public DeviceAPI {
     }
   }
 };
+
+bool was_lost(int index) {
+  auto guard = lock();
+  return Gpu::was_lost(index);
+}
 
 void close(int index) {
   auto guard = lock();
@@ -197,6 +210,7 @@ TVM_FFI_STATIC_INIT_BLOCK() {
       .def("device_api.webgpu", device_api)
       .def("qcc.vulkan.adapters", adapters)
       .def("qcc.vulkan.counters", counters)
+      .def("qcc.vulkan.was_lost", was_lost)
       .def("qcc.vulkan.close", close)
       .def("qcc.vulkan.profile", profile)
       .def("qcc.vulkan.times", times);

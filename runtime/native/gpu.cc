@@ -4,6 +4,7 @@
 #include <tvm/ffi/error.h>
 
 #include <algorithm>
+#include <set>
 
 namespace qcc {
 
@@ -22,10 +23,21 @@ int rank(WGPUAdapter adapter) {
   return place;
 }
 
-struct Opened {
+struct Answer {
   WGPUDevice device = nullptr;
   std::string message;
 };
+
+// Never destroyed: tensors may outlive the end of main.
+std::map<int, Gpu*>& devices() {
+  static auto* all = new std::map<int, Gpu*>;
+  return *all;
+}
+
+std::set<int>& losses() {
+  static auto* all = new std::set<int>;
+  return *all;
+}
 
 }  // namespace
 
@@ -60,17 +72,28 @@ const std::vector<WGPUAdapter>& Gpu::adapters() {
   return *found;
 }
 
+Gpu* Gpu::open(int index) {
+  auto known = devices().find(index);
+  if (known == devices().end()) return nullptr;
+  if (known->second->lost_.empty()) return known->second;
+  losses().insert(index);
+  devices().erase(known);
+  return nullptr;
+}
+
+bool Gpu::was_lost(int index) {
+  open(index);
+  return losses().erase(index) > 0;
+}
+
 Gpu& Gpu::get(int index) {
-  // Never destroyed: tensors may outlive the end of main.
-  static auto* opened = new std::map<int, Gpu*>;
-  auto known = opened->find(index);
-  if (known != opened->end() && known->second->lost_.empty()) return *known->second;
+  if (Gpu* known = open(index)) return *known;
   int count = static_cast<int>(adapters().size());
   if (index < 0 || index >= count) {
     TVM_FFI_THROW(ValueError) << "vulkan:" << index << ": this machine has " << count
                               << " Vulkan adapters";
   }
-  return *((*opened)[index] = new Gpu(adapters()[index], index));
+  return *(devices()[index] = new Gpu(adapters()[index], index));
 }
 
 Gpu::Gpu(WGPUAdapter adapter, int index) {
@@ -102,20 +125,20 @@ Gpu::Gpu(WGPUAdapter adapter, int index) {
     std::string& error = static_cast<Gpu*>(self)->error_;
     if (error.empty()) error = text(message);  // the first one is the cause of the others
   };
-  Opened opened;
+  Answer answer;
   WGPURequestDeviceCallbackInfo callback{};
   callback.mode = WGPUCallbackMode_AllowSpontaneous;
-  callback.userdata1 = &opened;
+  callback.userdata1 = &answer;
   callback.callback = [](WGPURequestDeviceStatus, WGPUDevice device, WGPUStringView message,
                          void* result, void*) {
-    *static_cast<Opened*>(result) = {device, text(message)};
+    *static_cast<Answer*>(result) = {device, text(message)};
   };
   wgpuAdapterRequestDevice(adapter, &descriptor, callback);
-  if (!opened.device) {
+  if (!answer.device) {
     TVM_FFI_THROW(RuntimeError) << "vulkan:" << index << " (" << name_
-                                << ") does not open: " << opened.message;
+                                << ") does not open: " << answer.message;
   }
-  device_ = opened.device;
+  device_ = answer.device;
   queue_ = wgpuDeviceGetQueue(device_);
   uniform_size_ = kBatch * std::max<uint64_t>(limits_.minUniformBufferOffsetAlignment, kUniform);
   uniform_ = create(uniform_size_, WGPUBufferUsage_Uniform | WGPUBufferUsage_CopyDst);

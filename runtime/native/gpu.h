@@ -65,6 +65,8 @@ class Gpu {
   // The device of adapter `index`, opened on first use and again after it was lost; throws where
   // there is none. Tensors of a lost device stay lost.
   static Gpu& get(int index);
+  // Whether a device of adapter `index` was lost since this was asked last.
+  static bool was_lost(int index);
   // End the device as a lost one ends: what it holds is gone.
   void close();
 
@@ -93,12 +95,16 @@ class Gpu {
   const std::map<std::string, std::pair<uint64_t, uint64_t>>& times();
 
   const WGPULimits& limits() const { return limits_; }
+  // Why the device is lost; empty: it is not.
+  const std::string& lost() const { return lost_; }
   const std::string& name() const { return name_; }
   uint32_t subgroup() const { return subgroup_; }
   Counters counters() const;
 
  private:
   Gpu(WGPUAdapter adapter, int index);
+  // The open device of adapter `index`, if there is one; one that was lost is forgotten.
+  static Gpu* open(int index);
   // Throw what wgpu-native reported since the last check, if anything.
   void check(const std::string& doing);
   void alive(const std::string& doing);

@@ -170,6 +170,7 @@ class Kernel {
       if (!Gpu::owner(buffers_[i])) {
         refuse("argument " + std::to_string(i) + " is no living buffer of a Vulkan device");
       }
+      if (!buffers_[i]->gpu->lost().empty()) refuse(buffers_[i]->gpu->lost());
       if (buffers_[i]->gpu != buffers_[0]->gpu) refuse("its buffers lie on two devices");
       for (size_t j = 0; j < i; ++j) {
         if (buffers_[i] == buffers_[j] && writes_[i] != writes_[j]) {

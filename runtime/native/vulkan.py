@@ -77,7 +77,7 @@ def _adapter(index: int, entry: dict[str, Any]) -> Adapter:
 
 
 def choose(name: str) -> Adapter:
-    """The adapter that `vulkan` (the first) or `vulkan:i` names.
+    """The adapter that `vulkan` (the first) or `vulkan:i` names, ready for what is loaded next.
 
     Raises:
         QccError: another word, or no such adapter.
@@ -90,6 +90,9 @@ def choose(name: str) -> Adapter:
     if index >= len(adapters):
         known = ", ".join(f"{adapter.index} = {adapter.name}" for adapter in adapters)
         raise QccError(f"--device {name}: there is no adapter {index}; there are: {known}")
+    if tvm_runtime.global_function("qcc.vulkan.was_lost")(index):
+        # TVM would hand out again what it had of the lost device.
+        tvm_runtime.global_function("vm.builtin.memory_manager.clear")()
     return adapters[index]
 
 

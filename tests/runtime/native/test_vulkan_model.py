@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,12 +29,17 @@ def folder(checkpoint: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(vulkan: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> CompiledModel:
+def artifact(vulkan: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """It, in f32, compiled for Vulkan and for four sequences at once."""
     out = tmp_path_factory.mktemp("vulkan") / "artifact"
     sizes = SizeFlags(context_window=256, prefill_chunk=64, max_batch=4)
     options = CompileOptions(quant="q0f32", sizes=sizes, targets=("vulkan",))
-    artifact = Artifact.open(compile_model(str(folder), out, options))
+    return Artifact.open(compile_model(str(folder), out, options))
+
+
+@pytest.fixture(scope="module")
+def model(artifact: Artifact) -> CompiledModel:
+    """It, loaded."""
     return CompiledModel(artifact, "vulkan")
 
 
@@ -93,3 +101,31 @@ def test_generations_do_not_add_up(
     assert {tuple(text) for text in first + again} == {tuple(first[0])}
     for name in ("buffers", "bytes", "pooled_bytes", "bind_groups"):
         assert after[name] == before[name], name
+
+
+AFTER_A_LOSS = """
+import sys
+import tvm_ffi
+from qcc.runtime import LLM, QccError, SamplingParams
+
+how = SamplingParams(max_tokens=4, temperature=0)
+model = LLM(sys.argv[1], device="vulkan")
+first = model.generate("ab", how)[0].token_ids
+tvm_ffi.get_global_func("qcc.vulkan.close")(0)
+for _ in range(2):
+    try:
+        model.generate("ab", how)
+    except QccError as err:
+        assert "device is lost" in str(err) and "\\n" not in str(err), err
+    else:
+        raise AssertionError("nothing refused")
+del model
+assert LLM(sys.argv[1], device="vulkan").generate("ab", how)[0].token_ids == first
+"""
+
+
+def test_a_new_model_after_a_loss(artifact: Artifact, environment: SimpleNamespace) -> None:
+    """The lost one's calls are errors of one line; TVM's pools hand out nothing of it."""
+    command = [sys.executable, "-c", AFTER_A_LOSS, str(artifact.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **vars(environment))
+    assert done.returncode == 0, done.stderr
