@@ -101,7 +101,7 @@ class _Decode:
         return T.bind(T.max(T.min(wanted, MAX_PARTS), 1))
 
     def _launch(self, parts: Any) -> None:
-        c, plan = self.config, self.plan
+        c = self.config
         rows = self.batch * (c.num_key_value_heads * c.group)
         with T.If(parts == 1):
             with T.Then():
@@ -110,7 +110,7 @@ class _Decode:
             with T.Else():
                 self.parts = parts
                 size = rows * parts
-                self.sums = T.alloc_buffer((size * plan.chunks,), plan.typed("float32"))
+                self.sums = T.alloc_buffer((size * self.config.head_dim,), "float32")
                 self.states = T.alloc_buffer((size * 2,), "float32")
                 self._kernel()
                 self._merge(rows)
@@ -332,7 +332,7 @@ class _Decode:
             return
         row = keep_int((self.b * c.num_key_value_heads + self.head) * c.group + member)
         at = T.bind(row * self.parts + self.part)
-        T.buffer_store(self.sums, total, [at * chunks + self.thread])
+        self.plan.store(self.sums, at * chunks + self.thread, total)
         with when(self.thread == 0):
             T.buffer_store(self.states, top, [at * 2])
             T.buffer_store(self.states, mass, [at * 2 + 1])
@@ -364,7 +364,7 @@ class _Decode:
                 with T.serial(0, self.parts) as part:
                     factor = keep(T.exp2(self.states[(at + part) * 2] - top.get()))
                     mass.set(mass.get() + factor * self.states[(at + part) * 2 + 1])
-                    sums = self.sums[(at + part) * chunks + chunk]
+                    sums = plan.load(self.sums, (at + part) * chunks + chunk)
                     total.set(total.get() + sums * plan.splat(factor))
                 of_kv, member = T.bind(row // c.group), T.bind(row % c.group)
                 b = T.bind(of_kv // c.num_key_value_heads)

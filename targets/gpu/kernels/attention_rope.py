@@ -182,8 +182,8 @@ def split_rotary(plan: Plan, with_table: bool) -> Any:
                         pair = T.bind(T.Select(first, chunk, chunk - half))
                         row = T.bind(positions[token] * (2 * half) + pair)
                         other = plan.load(source, T.Select(first, at + half, at - half))
-                        sine = T.bind(angles[row + half])
-                        sine = T.Select(first, plan.splat(0.0) - sine, sine)
+                        sign = plan.splat(T.Select(first, f32(-1.0), f32(1.0)))
+                        sine = angles[row + half] * sign
                         T.buffer_store(value, own * angles[row] + other * sine, [0])
                     return value[0]
 

@@ -15,6 +15,7 @@ from qcc.targets.gpu.kernels.attention_func import (
     keep,
     kernel,
     shared,
+    strided,
     tensor,
     when,
 )
@@ -29,8 +30,10 @@ def merge_state(plan: Plan) -> Any:
     """
     c, chunks = plan.config, plan.chunks
     heads, limit = c.num_attention_heads, plan.limits.max_threads
-    together = max(limit // chunks, 1)  # rows of a workgroup
-    threads = min(limit, ceil_div(together * chunks, 32) * 32)
+    of_token = min(max(limit // chunks, 1), heads)  # heads of a workgroup
+    tokens = max(limit // (chunks * of_token), 1)
+    together = tokens * of_token
+    threads = min(limit, -(-together * chunks // 32) * 32)
     with kernel("merge_state") as build:
         n = T.int32()
         arrays = []
@@ -39,42 +42,46 @@ def merge_state(plan: Plan) -> Any:
             s = tensor(f"s{suffix}", (n, heads), "float32")
             arrays += [v, s]
         with build.body():
-            rows = n * heads
             # A carrier gets single numbers, so that then v is no array of vectors.
             wide = flat if c.returns_lse else plan.vectors
-            v, v_other = (wide(each, rows * c.head_dim) for each in arrays[::2])
-            s, s_other = (flat(each, rows) for each in arrays[1::2])
-            with grid(threads, ceil_div(rows, together)) as (block, _, thread):
-                first, second = shared(together), shared(together)
+            v, v_other = (wide(each, n * (heads * c.head_dim)) for each in arrays[::2])
+            s, s_other = (flat(each, n * heads) for each in arrays[1::2])
+            blocks = -(-heads // of_token)
+            with grid(threads, ceil_div(n, tokens), blocks) as (first_token, block, thread):
+                weights = shared(together), shared(together)
+
+                def place(i: Any) -> tuple[Any, Any]:
+                    """A row of the workgroup: which it is, and whether it is merged."""
+                    token = first_token * tokens + i // of_token
+                    head = block * of_token + i % of_token
+                    found = T.bitwise_and(token < n, head < heads)
+                    if c.returns_lse:
+                        found = T.bitwise_and(found, head % plan.stride < c.group)
+                    return T.bind(token * heads + head), found
+
                 with when(thread < together):
-                    row = T.bind(block * together + thread)
-                    with when(_merged(plan, row, rows)):
+                    row, merged = place(thread)
+                    with when(merged):
                         a, b = T.bind(s[row]), T.bind(s_other[row])
                         top = keep(T.max(a, b))
-                        of_a, of_b = keep(T.exp2(a - top)), keep(T.exp2(b - top))
-                        total = keep(of_a + of_b)
-                        T.buffer_store(first, of_a / total, [thread])
-                        T.buffer_store(second, of_b / total, [thread])
+                        parts = [keep(T.exp2(each - top)) for each in (a, b)]
+                        total = keep(parts[0] + parts[1])
+                        for weight, part in zip(weights, parts, strict=True):
+                            T.buffer_store(weight, part / total, [thread])
                         lse = keep(top + T.log2(total))
                         T.buffer_store(s, lse, [row])
                         if c.returns_lse:
                             member = T.bind(row % plan.stride)
                             emit_carried(plan, v, row - member, member, lse)
                 barrier()
-                with T.serial(0, ceil_div(together * chunks, threads)) as step:
-                    i = T.bind(step * threads + thread)
-                    row = T.bind(block * together + i // chunks)
-                    inside = T.bitwise_and(i < together * chunks, _merged(plan, row, rows))
-                    with when(inside):
+
+                def one(i: Any) -> None:
+                    row, merged = place(i // chunks)
+                    with when(merged):
                         at = T.bind(row * chunks + i % chunks)
                         x, y = (T.bind(plan.load(each, at)) for each in (v, v_other))
-                        of_x, of_y = (plan.splat(each[i // chunks]) for each in (first, second))
+                        of_x, of_y = (plan.splat(each[i // chunks]) for each in weights)
                         plan.store(v, at, x * of_x + y * of_y)
+
+                strided(together * chunks, thread, threads, one)
     return build.result()
-
-
-def _merged(plan: Plan, row: Any, rows: Any) -> Any:
-    """Whether there is such a row and it is no carrier."""
-    if not plan.config.returns_lse:
-        return row < rows
-    return T.bitwise_and(row < rows, row % plan.stride < plan.config.group)

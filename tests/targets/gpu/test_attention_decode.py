@@ -13,8 +13,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "d64-f32": {"heads": (8, 2), "dim": 64},
     "d80-mqa-f16": {"heads": (11, 1), "dim": 80, "dtype": "float16"},
     "d256-f16": {"heads": (2, 2), "dim": 256, "dtype": "float16"},
-    "d36-cap-f32": {"heads": (6, 3), "dim": 36, "rotary": 16, "logit_soft_cap": 2.0},
-    "d12-lse-f32": {"heads": (8, 2), "dim": 12, "returns_lse": True},
+    "d12-lse-cap-f32": {"heads": (8, 2), "dim": 12, "returns_lse": True, "logit_soft_cap": 2.0},
 }
 
 
@@ -38,9 +37,8 @@ def test_decode_in_a_layers_window() -> None:
     batch.decode()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_decode_in_a_sliding_window(dtype: str) -> None:
-    c = gpu_config(dtype, heads=(4, 2), dim=64, sliding_window_size=300, attention_sink_size=4)
+def test_decode_in_a_sliding_window() -> None:
+    c = gpu_config("float32", heads=(4, 2), dim=64, sliding_window_size=300, attention_sink_size=4)
     rng = np.random.default_rng(3)
     parts = [sliding_part(c, rng, 1, n) for n in (3, 40, 300, 450, 1000)]
     PagedBatch(c, parts).decode()
