@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
@@ -24,9 +24,9 @@ from pathlib import Path
 
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir, os_errors, remove_stale, write_file
+from qcc.targets.spec import Tell
 from qcc.targets.webgpu.wasm.tools import first_error, need_tool, run_tool, version_of
 
-Tell = Callable[[str], None]  # shows a text until the next one
 STAND_INS = Path(__file__).parent / "include"
 WHEELS = ("apache-tvm", "apache-tvm-ffi")
 # Relative to the folder in which the compilers run: the wheel's, and one of ours.
@@ -36,15 +36,18 @@ SOURCES = {
     "webgpu_runtime": "tvm/web/emcc/webgpu_runtime.cc",
     "called_by_llvm": "include/qcc/called_by_llvm.cc",
 }
-# -Os and -Oz make it larger: the same small functions, not inlined, are then kept by the thousand.
-FLAGS = ("-O2", "-std=c++17", "-fwasm-exceptions", "-Wno-ignored-attributes")
+# Inlined less than -O2 does by itself, it is a tenth smaller; -Os and -Oz make it larger.
+FLAGS = (
+    *("-O2", "-mllvm", "-inline-threshold=30"),
+    *("-std=c++17", "-fwasm-exceptions", "-Wno-ignored-attributes"),
+)
 LIBRARIES = (
     *("crt1_reactor.o", "libstandalonewasm-memgrow.a", "libstubs.a", "libnoexit.a", "libc.a"),
     *("libdlmalloc.a", "libcompiler_rt.a", "libc++-except.a", "libc++abi-except.a"),
     "libunwind-except.a",
 )
 # Folders of the sources whose includes begin with ..: the compiler looks there from each of them.
-_INCLUDED_FROM = ("src/runtime", "src/runtime/vm", "src/runtime/extra/contrib/sort", "web/emcc")
+_INCLUDED_FROM = ("src/runtime", "src/runtime/vm", "web/emcc")
 
 
 def runtime_object(tell: Tell = lambda _: None) -> Path:

@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <random>
 
-#include "3rdparty/compiler-rt/builtin_fp16.h"
 #include "src/support/arena.h"
 #include "src/support/base64.h"
 #include "src/support/bytes_io.h"
@@ -62,15 +61,6 @@ static void Values() {
   Written(ffi::Array<ffi::String>{"p", "qr"});
   Written(std::unordered_map<std::string, std::string>{{"k", "v"}});
   Written(ffi::Map<ffi::String, ffi::String>{{"k", "v"}});
-}
-
-static void Halves() {
-  std::string floats;
-  for (uint32_t half = 0; half < 65536; ++half) {
-    float value = __extendXfYf2__<uint16_t, uint16_t, 10, float, uint32_t, 23>(half);
-    floats.append(reinterpret_cast<const char*>(&value), sizeof(value));
-  }
-  Part(floats);
 }
 
 static void Base64() {
@@ -135,7 +125,6 @@ static void Queue() {
 
 int main() {
   Values();
-  Halves();
   Base64();
   Queue();
   Arena arena;
