@@ -45,6 +45,14 @@ def test_decode_in_a_sliding_window() -> None:
     PagedBatch(c, parts[-1:]).decode()
 
 
+def test_decode_far_behind_the_keys() -> None:
+    """Angles of 60,000 positions are as exact as those of 10."""
+    c = gpu_config("float32", heads=(4, 2), dim=64, sliding_window_size=64_000)
+    part = random_part(c, np.random.default_rng(5), 1, 40)
+    part.positions += 60_000
+    PagedBatch(c, [part]).decode()
+
+
 def test_decode_on_dawn() -> None:
     c = gpu_config(**PLAIN["d64-f32"])
     rng = np.random.default_rng(4)
