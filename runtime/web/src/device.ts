@@ -38,7 +38,7 @@ export class Gpu {
   ) {
     device.addEventListener("uncapturederror", (event) => {
       event.preventDefault();
-      this.fail(`the GPU refuses: ${messageOf(event.error)}`);
+      this.fail(`the GPU refuses: ${firstLine(event.error.message)}`);
     });
     void device.lost.then((info) => {
       const why = info.reason === "destroyed" ? "it had too little memory" : info.message;
@@ -72,26 +72,25 @@ export class Gpu {
   }
 
   /**
-   * Run `work`, which submits to the GPU and returns what to wait for; errors of its commands, and
-   * all that came before, are thrown instead of wrong numbers returned.
+   * Run `work`, which submits to the GPU before it first waits: errors of its commands, and all
+   * that came before, are thrown instead of wrong numbers returned. `what` begins their message.
    */
-  async guard<T>(work: () => Promise<T>): Promise<T> {
+  async guard<T>(work: () => Promise<T>, what = "the GPU refuses"): Promise<T> {
     this.check();
     const scopes = ["out-of-memory", "validation", "internal"] as const;
     for (const scope of scopes) this.device.pushErrorScope(scope);
-    let result: Promise<T>;
-    let errors: Promise<GPUError | null>[] = [];
-    try {
-      result = work();
-    } finally {
-      errors = scopes.map(() => this.device.popErrorScope());
-    }
-    const value = await result;
-    for (const error of await Promise.all(errors)) {
-      if (error) this.fail(`the GPU refuses: ${messageOf(error)}`);
-    }
+    const result = work();
+    const errors = scopes.map(() => this.device.popErrorScope());
+    const done = await result.then(
+      (value) => ({ value }),
+      (reason: unknown) => ({ reason }),
+    );
     this.check();
-    return value;
+    const found = (await Promise.all(errors)).find((error) => error !== null);
+    if (found) throw this.fail(`${what}: ${firstLine(found.message)}`);
+    if ("reason" in done) throw done.reason;
+    this.check();
+    return done.value;
   }
 
   /** Throw where the device can no longer be used. */
@@ -129,6 +128,11 @@ async function findAdapter(): Promise<GPUAdapter> {
     "the browser has WebGPU but offers no GPU; check that hardware acceleration is on, that the " +
       "GPU's driver is installed, and that the browser does not block it",
   );
+}
+
+/** Of a shader's error the others show the code. */
+function firstLine(text: string): string {
+  return text.trim().split("\n")[0]!;
 }
 
 function nameOf(adapter: GPUAdapter): string {

@@ -6,7 +6,7 @@ export class QccError extends Error {
 
 /** The text of whatever was thrown; of TVM's many lines the last. */
 export function messageOf(error: unknown): string {
-  const text = error instanceof Error ? error.message : String(error);
+  const text = (error as { message?: string } | undefined)?.message ?? String(error);
   const lines = text.split("\n").filter((line) => line.trim());
   return lines.at(-1)?.trim() ?? "unknown error";
 }

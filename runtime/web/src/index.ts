@@ -55,7 +55,7 @@ export async function load(
       }
       report({ stage: "shaders" });
     };
-    await Promise.all([compiling, fetching(library)]);
+    await Promise.race([Promise.all([compiling, fetching(library)]), whenAborted(signal)]);
     library.bind();
     if (library.metadata.model_task !== "embedding") await library.makeCache(sizes.cacheTokens);
     signal?.throwIfAborted();
@@ -74,6 +74,13 @@ export async function load(
     else gpu.close();
     throw error;
   }
+}
+
+/** Rejects when the load is aborted; else never settles. */
+function whenAborted(signal: AbortSignal | undefined): Promise<never> {
+  return new Promise((_, reject) => {
+    signal?.addEventListener("abort", () => reject(signal.reason), { once: true });
+  });
 }
 
 /** The record, and the URL that its own URLs are relative to. */

@@ -55,11 +55,11 @@ export class Library {
       getFunction: (name: string) =>
         name === SHADERS ? () => this.usualShaders(module) : module.getFunction(name),
     };
+    const what = "a shader does not compile on this GPU";
     try {
-      await this.tvm.asyncLoadWebGPUPipelines(needed);
+      await this.gpu.guard(() => this.tvm.asyncLoadWebGPUPipelines(needed), what);
     } catch (error) {
-      this.gpu.check();
-      throw this.gpu.fail(`a shader does not compile on this GPU: ${messageOf(error)}`);
+      throw error instanceof QccError ? error : this.gpu.fail(`${what}: ${messageOf(error)}`);
     }
   }
 
