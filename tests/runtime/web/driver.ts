@@ -9,7 +9,9 @@ import { Sampler, candidates, pick, samplingParams } from "../../../runtime/web/
 import { StopStrings } from "../../../runtime/web/src/stop";
 import { ChatTemplate } from "../../../runtime/web/src/template";
 import { Tokenizer } from "../../../runtime/web/src/tokenizer";
-import { tensorBytes } from "../../../runtime/web/src/weights";
+import { embed } from "../../../runtime/web/src/embedding";
+import { checkTensors, parseMetadata } from "../../../runtime/web/src/metadata";
+import { parseShards, tensorBytes } from "../../../runtime/web/src/weights";
 
 type Any = any;
 
@@ -121,6 +123,34 @@ const questions: Record<string, (argument: Any) => unknown> = {
       nbytes: bytes.length, byteOffset: 1,
     };
     return [...tensorBytes(record, Uint8Array.from([99, ...bytes]))];
+  },
+
+  libraries: (cases: Any[]) =>
+    cases.map(({ metadata, shards }) =>
+      message(() => checkTensors(parseMetadata(JSON.stringify(metadata)), parseShards(shards, "T"))),
+    ),
+
+  // A stand-in whose vectors are what it was given: the texts' tokens, padded.
+  embeddings: async ({ folder, chat, limits, texts, options }) => {
+    const passes: number[][] = [];
+    const encoder = {
+      limits,
+      encode: async (tokens: Int32Array, ends: Int32Array) => {
+        passes.push([...ends]);
+        const rows = new Float32Array(ends.length * limits.dimensions);
+        ends.forEach((end, i) => {
+          const start = i ? ends[i - 1]! : 0;
+          rows.set(tokens.slice(start, end), i * limits.dimensions);
+        });
+        return rows;
+      },
+    };
+    try {
+      const vectors = await embed(encoder, tokenizerOf(folder), chat, texts, options);
+      return { passes, vectors: vectors.map((vector) => [...vector]) };
+    } catch (error) {
+      return { error: (error as Error).message };
+    }
   },
 
   // A model whose logits are known: those of Python's stand-in, from the tokens before.
