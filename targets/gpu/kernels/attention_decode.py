@@ -110,7 +110,7 @@ class _Decode:
             with T.Else():
                 self.parts = parts
                 size = rows * parts
-                self.sums = T.alloc_buffer((size * self.config.head_dim,), "float32")
+                self.sums = T.alloc_buffer((size * c.head_dim,), "float32")
                 self.states = T.alloc_buffer((size * 2,), "float32")
                 self._kernel()
                 self._merge(rows)
@@ -120,10 +120,8 @@ class _Decode:
         y = c.num_key_value_heads * self.blocks
         with grid(self.threads, self.batch * self.parts, y) as (task, of_head, thread):
             self.thread = thread
-            self.b, self.part = (
-                T.bind(truncdiv(task, self.parts)),
-                T.bind(truncmod(task, self.parts)),
-            )
+            self.b = T.bind(truncdiv(task, self.parts))
+            self.part = T.bind(truncmod(task, self.parts))
             self.head, block = T.bind(of_head // self.blocks), T.bind(of_head % self.blocks)
             self.first = T.bind(block * self.heads)  # of the group's heads
             self._allocate()
@@ -179,8 +177,6 @@ class _Decode:
         """The queries times the scale of the scores; a head beyond the last repeats it."""
         plan, c = self.plan, self.config
         row = T.bind(self.b * c.num_attention_heads + self.head * plan.stride)
-        barrier()
-
         steps = self.rotation.steps if self.rotation else plan.chunks
         factor = self.scale * f32(self.rotation.scale if self.rotation else 1.0)
 
@@ -199,6 +195,7 @@ class _Decode:
             else:
                 put(i % steps, load(i % steps))
 
+        barrier()  # what an earlier phase left is no longer read
         strided(self.heads * steps, self.thread, self.threads, one)
         barrier()
 

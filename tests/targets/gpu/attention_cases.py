@@ -263,8 +263,10 @@ class PagedBatch:
         self._check(found, window)
 
     def _trees(self) -> list[np.ndarray]:
-        orders = [tree_order(p.parents) for p in self.parts]
-        return [indptr([len(p.parents) for p in self.parts]), np.concatenate(orders).reshape(-1)]
+        order = np.concatenate([tree_order(p.parents) for p in self.parts])
+        if not self.limits.paired_trees:
+            order = order.reshape(-1)
+        return [indptr([len(p.parents) for p in self.parts]), order]
 
     def _ragged(self) -> list[np.ndarray]:
         q, q_indptr, _ = self._queries()

@@ -82,14 +82,17 @@ def test_halves_of_rope_that_are_no_vectors() -> None:
     PagedBatch(c, [sliding_part(c, rng, t, n) for t, n in ((1, 70), (20, 30))]).prefill()
 
 
-TREES = [
-    gpu_config("float32", heads=(4, 2), dim=64),
-    gpu_config("float16", heads=(6, 2), dim=20, rotary=8, layer_window=3),
-]
+TREES = {
+    "full": (gpu_config("float32", heads=(4, 2), dim=64), Limits(paired_trees=True)),
+    "window": (
+        gpu_config("float16", heads=(6, 2), dim=20, rotary=8, layer_window=3),
+        Limits(),
+    ),
+}
 
 
-@pytest.mark.parametrize("c", TREES, ids=["full", "window"])
-def test_trees_on_a_gpu(c: KVCacheConfig) -> None:
+@pytest.mark.parametrize(("c", "limits"), TREES.values(), ids=TREES)
+def test_trees_on_a_gpu(c: KVCacheConfig, limits: Limits) -> None:
     """In the cache, and of the chunk alone; one sequence's tree lies in another block of pages.
 
     The window is shorter than the trees are deep.
@@ -99,8 +102,8 @@ def test_trees_on_a_gpu(c: KVCacheConfig) -> None:
     parts.append(random_part(c, rng, 3, 33))
     own = [tree_part(c, rng, PARENTS[:n], n, 0) for n in (12, 5)]
     for window in (False, True) if c.layer_window else (False,):
-        PagedBatch(c, parts).tree(window)
-        PagedBatch(c, own).ragged_tree(window)
+        PagedBatch(c, parts, limits).tree(window)
+        PagedBatch(c, own, limits).ragged_tree(window)
 
 
 def test_attention_within_the_least_limits() -> None:
