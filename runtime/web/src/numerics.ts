@@ -21,7 +21,7 @@ const BUFFER = 8192; // elements that NumPy converts at a time
 const BLOCK = 128; // elements that its pairwise sum adds in one go
 
 /** float32(a * b + c) with one rounding, of float32 numbers. */
-function fma(a: number, b: number, c: number): number {
+export function fma(a: number, b: number, c: number): number {
   const product = a * b; // exact: 48 bits
   const sum = product + c;
   double[0] = sum;

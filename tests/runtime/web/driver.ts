@@ -3,7 +3,7 @@ import { readFileSync, writeSync } from "node:fs";
 import { Detokenizer } from "../../../runtime/web/src/detokenize";
 import { Generation, Sequence } from "../../../runtime/web/src/generation";
 import { md5 } from "../../../runtime/web/src/md5";
-import { exp, sum } from "../../../runtime/web/src/numerics";
+import { exp, fma, sum } from "../../../runtime/web/src/numerics";
 import { Generator } from "../../../runtime/web/src/random";
 import { Sampler, candidates, pick, samplingParams } from "../../../runtime/web/src/sampling";
 import { StopStrings } from "../../../runtime/web/src/stop";
@@ -51,6 +51,8 @@ const questions: Record<string, (argument: Any) => unknown> = {
       const generator = new Generator(BigInt(seed));
       return Array.from({ length: 5 }, () => generator.random());
     }),
+
+  fma: (triples: [number, number, number][]) => triples.map((triple) => fma(...triple)),
 
   exp: (path: string) => bits(floats(path).map(exp)),
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,26 @@ def test_the_generator_is_numpys(ask: Ask) -> None:
     assert ask("random", [str(seed) for seed in seeds]) == wanted
 
 
+def test_products_are_added_with_one_rounding(ask: Ask) -> None:
+    """Where the sum lies a hair beside the middle of two float32, too."""
+    rng = np.random.default_rng(7)
+    triples = rng.normal(0, 1, (200, 3)).astype(np.float32).astype(np.float64)
+    ulp = 2.0**-23
+    hairs = [
+        [sign * 2.0**-24 * (1 + ulp), 1 + other * ulp, sign * (1 + odd * ulp)]
+        for sign in (1, -1)
+        for other in (-1, 1)
+        for odd in range(4)
+    ]
+    wanted = []
+    for a, b, c in (cases := [*triples.tolist(), *hairs]):
+        exact = Fraction(a) * Fraction(b) + Fraction(c)
+        near = np.float32(float(exact))
+        around = [np.nextafter(near, np.float32(x)) for x in (-np.inf, np.inf)]
+        wanted.append(float(min([near, *around], key=lambda x: abs(Fraction(float(x)) - exact))))
+    assert ask("fma", cases) == wanted
+
+
 @pytest.mark.usefixtures("same_exp")
 def test_exp_is_numpys(ask: Ask, tmp_path: Path) -> None:
     """Every kind of float32 from -inf to 0, those whose exp is subnormal too."""
@@ -91,8 +112,15 @@ def test_candidates_and_draws(ask: Ask, tmp_path: Path) -> None:
             "top_p": float(rng.choice([1, 0.95, 0.5, 0.999999, 1e-6])),
             "min_p": float(rng.choice([0, 0, 0.05, 0.5])),
         }
-        uniforms = [0.0, 1 - 2**-53, *rng.random(20).tolist()]
         ids, probs = candidates(logits, *settings.values())
+        # Draws between two tokens show in which order NumPy adds.
+        sums = probs.cumsum(dtype=np.float64)
+        ends = sums[1023::1024][:9, None] + np.spacing(sums[-1]) * np.arange(-8, 9)
+        between = np.clip(
+            np.concatenate([sums[rng.integers(0, len(sums), 99)], ends.ravel()]), 0, None
+        )
+        between = between / sums[-1]
+        uniforms = [0.0, 1 - 2**-53, *rng.random(20).tolist(), *np.minimum(between, 1 - 2**-53)]
         picks = [int(ids[pick(probs, u)]) for u in uniforms]
         cases.append({"path": str(path), "uniforms": uniforms, **settings})
         found = {"count": len(ids), "ids": int(ids.sum()), "probs": digest(probs)}
