@@ -10,12 +10,16 @@ const halves = new Uint32Array(double.buffer);
 const LOG2_E = Math.fround(1.44269504088896340736);
 const LN2_HIGH = Math.fround(-6.93145752e-1);
 const LN2_LOW = Math.fround(-1.42860677e-6);
-// exp(r) = P(r) / Q(r) for |r| <= ln(2) / 2, the highest power first.
-const P = [
-  5.082762527590693718096e-4, 6.757896990527504603057e-3, 5.114512081637298353406e-2,
-  2.473615434895520810817e-1, 7.257664613233124478488e-1, 9.999999999980870924916e-1,
-].map(Math.fround);
-const Q = [2.159509375685829852307e-2, -2.742335390411667452936e-1, 1].map(Math.fround);
+// exp(r) = (P0 + P1 r + ... + P5 r^5) / (1 + Q1 r + Q2 r^2) for |r| <= ln(2) / 2.
+const P0 = Math.fround(9.999999999980870924916e-1);
+const P1 = Math.fround(7.257664613233124478488e-1);
+const P2 = Math.fround(2.473615434895520810817e-1);
+const P3 = Math.fround(5.114512081637298353406e-2);
+const P4 = Math.fround(6.757896990527504603057e-3);
+const P5 = Math.fround(5.082762527590693718096e-4);
+const Q1 = Math.fround(-2.742335390411667452936e-1);
+const Q2 = Math.fround(2.159509375685829852307e-2);
+const HALVES = Float64Array.from({ length: 152 }, (_, i) => 2 ** -i);
 const ROUND_HALF_EVEN = 1.5 * 2 ** 52;
 const BUFFER = 8192; // elements that NumPy converts at a time
 const BLOCK = 128; // elements that its pairwise sum adds in one go
@@ -39,10 +43,10 @@ export function exp(x: number): number {
   if (x < -104) return 0; // below half of the smallest float32
   const power = Math.fround(x * LOG2_E) + ROUND_HALF_EVEN - ROUND_HALF_EVEN;
   const rest = fma(power, LN2_LOW, fma(power, LN2_HIGH, x));
-  let above = P[0]!;
-  for (let i = 1; i < 6; i++) above = fma(above, rest, P[i]!);
-  const below = fma(fma(Q[0]!, rest, Q[1]!), rest, Q[2]!);
-  return Math.fround(Math.fround(above / below) * 2 ** power);
+  let above = fma(fma(P5, rest, P4), rest, P3);
+  above = fma(fma(fma(above, rest, P2), rest, P1), rest, P0);
+  const below = fma(fma(Q2, rest, Q1), rest, 1);
+  return Math.fround(Math.fround(above / below) * HALVES[-power]!);
 }
 
 /** Sum of values[start, end) in float64, pairwise: `numpy.add.reduce` of float64 numbers. */
@@ -58,13 +62,26 @@ export function pairwiseSum(values: ArrayLike<number>, start: number, end: numbe
     const middle = start + half - (half % 8);
     return pairwiseSum(values, start, middle) + pairwiseSum(values, middle, end);
   }
-  const lanes = Array.from({ length: 8 }, (_, i) => values[start + i]!);
+  let a = values[start]!;
+  let b = values[start + 1]!;
+  let c = values[start + 2]!;
+  let d = values[start + 3]!;
+  let e = values[start + 4]!;
+  let f = values[start + 5]!;
+  let g = values[start + 6]!;
+  let h = values[start + 7]!;
   let at = start + 8;
   for (; at + 8 <= end; at += 8) {
-    for (let lane = 0; lane < 8; lane++) lanes[lane]! += values[at + lane]!;
+    a += values[at]!;
+    b += values[at + 1]!;
+    c += values[at + 2]!;
+    d += values[at + 3]!;
+    e += values[at + 4]!;
+    f += values[at + 5]!;
+    g += values[at + 6]!;
+    h += values[at + 7]!;
   }
-  const [a, b, c, d, e, f, g, h] = lanes as [number, ...number[]];
-  let sum = a + b! + (c! + d!) + (e! + f! + (g! + h!));
+  let sum = a + b + (c + d) + (e + f + (g + h));
   for (; at < end; at++) sum += values[at]!;
   return sum;
 }
@@ -81,7 +98,8 @@ export function sum(values: Float32Array): number {
 /** The largest number; NaN where there is one. */
 export function maximum(values: Float32Array): number {
   let best = -Infinity;
-  for (const value of values) {
+  for (let i = 0; i < values.length; i++) {
+    const value = values[i]!;
     if (value > best) best = value;
     else if (value !== value) return NaN;
   }

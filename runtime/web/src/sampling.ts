@@ -192,7 +192,7 @@ export interface Candidates {
 export function candidates(
   logits: Float32Array, temperature: number, topK: number, topP: number, minP: number,
 ): Candidates {
-  let ids = Int32Array.from(logits.keys());
+  let ids = indices(logits.length);
   if (topK > 0 && topK < logits.length) {
     const least = logits.slice().sort()[logits.length - topK]!;
     ids = ids.filter((id) => logits[id]! >= least);
@@ -210,9 +210,15 @@ export function candidates(
   if (topP < 1) keep(nucleus(probs, topP));
   if (minP > 0) {
     const least = Math.fround(Math.fround(minP) * maximum(probs));
-    keep(Int32Array.from(probs.keys()).filter((i) => probs[i]! >= least));
+    keep(indices(probs.length).filter((i) => probs[i]! >= least));
   }
   return { ids, probs };
+}
+
+function indices(count: number): Int32Array {
+  const found = new Int32Array(count);
+  for (let i = 0; i < count; i++) found[i] = i;
+  return found;
 }
 
 /** Indices, ascending, of the fewest likeliest whose sum reaches topP; of equals the first. */
@@ -224,7 +230,7 @@ function nucleus(probs: Float32Array, topP: number): Int32Array {
   if (!count) ({ count, least } = reach(probs.slice(), whole, true));
   let equal = count;
   for (const p of probs) if (p > least) equal--;
-  return Int32Array.from(probs.keys()).filter(
+  return indices(probs.length).filter(
     (i) => probs[i]! > least || (probs[i] === least && equal-- > 0),
   );
 }
