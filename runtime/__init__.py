@@ -8,6 +8,7 @@ In the order in which data passes:
   manifest.py   its qcc.json            verified.py  which of its files were checked already
   engine/       load the library and the weights, schedule, run, sample, detokenize
   native/       TVM's device `vulkan`, in C++
+  web/          qcc.js and its page, in TypeScript: the same in a browser
   template.py   a chat template, in a bounded sandbox
   chat.py       conversations: the history, the prompt that the template makes of it
   bench/        benchmarks and their RESULTS.md

@@ -136,7 +136,7 @@ function firstLine(text: string): string {
 }
 
 function nameOf(adapter: GPUAdapter): string {
-  const { description, vendor, architecture } = adapter.info;
+  const { description, vendor, architecture } = adapter.info ?? {}; // new in browsers
   return description || [vendor, architecture].filter(Boolean).join(" ") || "this GPU";
 }
 
