@@ -23,8 +23,10 @@ from qcc.targets.gpu.kernels.attention_score import (
     weight,
 )
 
-_TILES = ((64, 32), (32, 32), (32, 16), (16, 16), (16, 8), (8, 8), (8, 4))  # rows, keys; best first
-_SIDE = 16  # threads along the rows of S, and along its keys
+# Rows and keys, best first. Of f16 heads of 64 the first takes 16 KiB, so that two workgroups share
+# the memory of a small GPU's core; a thread then has 4 rows of S and 2 keys.
+_TILES = ((32, 32), (32, 16), (16, 16), (16, 8), (8, 8), (8, 4))
+_ROW_THREADS, _KEY_THREADS = 8, 16  # along S, at most
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Tile:
 
     def _bytes(self, rows: int, keys: int) -> int:
         size = 2 if self.plan.config.dtype == "float16" else 4
-        cells = (rows + keys) * self.plan.config.head_dim + self.plan.lanes * self.plan.chunks
-        numbers = rows * (keys + 1) + rows * (_SIDE + 2) + 4 * (rows + keys)
+        cells = (rows + keys + 1) * self.plan.config.head_dim
+        # S, what the softmax reduces, and what decay and masks have of rows and keys.
+        numbers = rows * (keys + 1) + _ROW_THREADS * _KEY_THREADS + 5 * rows + 3 * keys
         return cells * size + numbers * 4 + self.extra
 
     @property
@@ -60,11 +63,11 @@ class Tile:
 
     @property
     def key_threads(self) -> int:
-        return min(_SIDE, self.keys)
+        return min(_KEY_THREADS, self.keys)
 
     @property
     def row_threads(self) -> int:
-        return min(_SIDE, self.rows, self.plan.limits.max_threads // self.key_threads)
+        return min(_ROW_THREADS, self.plan.limits.max_threads // self.key_threads)
 
     @property
     def threads(self) -> int:
