@@ -23,6 +23,7 @@ class StandIn {
   id = asked.get("name") ?? "stand-in-q4f32_1";
   task = asked.get("task") ?? "chat";
   canChat = !asked.has("base");
+  contextWindowSize = asked.has("slides") ? undefined : 512;
   defaults = { temperature: 0.8, top_p: 0.95 };
   memory = { weights: 22e6, peak: 34.6e6 };
 

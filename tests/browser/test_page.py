@@ -217,6 +217,9 @@ def test_other_models(visit: Open) -> None:
     ask(page, "Once")
     assert messages(page) == ["Once", " and so on and on"]
     assert page.evaluate("window.calls") == [{"prompt": "Once"}]
+    page = visit(slides=1)  # no context bounds its answers
+    ask(page, "Hello")
+    assert page.evaluate("window.calls[0].options.max_tokens") == 1024
     page = visit(task="embedding")
     for text in ("A small boat", "A small coat", "Z"):
         message(page).fill(text)

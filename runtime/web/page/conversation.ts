@@ -4,6 +4,7 @@ import type { Answer, Message, Model } from "../src/qcc";
 import { element, megabytes, sentence } from "./dom";
 import type { Settings } from "./settings";
 
+const LONG = 1024; // tokens of an answer that nothing else bounds
 const NEAR = 60; // pixels from the end within which the view follows the text
 
 export class Conversation {
@@ -61,6 +62,7 @@ export class Conversation {
   private begin(text: string, signal: AbortSignal): Answer {
     const { system, sampling } = this.settings.chosen;
     const options = { ...sampling, signal };
+    if (this.model.contextWindowSize === undefined) options.max_tokens ??= LONG;
     if (!this.model.canChat) return this.model.generate(text, options);
     const lead = system ? [{ role: "system", content: system }] : [];
     return this.model.chat([...lead, ...this.messages], options);
