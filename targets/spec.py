@@ -39,6 +39,9 @@ class KVCacheConfig:
     head among the num_attention_heads = kv heads * (group + 1). What a carrier's query holds does
     not matter; its output [head_dim] is lse of the group's heads in their order, then zeros. So
     group must not exceed head_dim.
+
+    With `trees` a chunk may be a token tree, unless a window slides. Without, a target may leave
+    out the kernels for them, which take a tenth of a build; TVM's cache then refuses trees.
     """
 
     num_hidden_layers: int
@@ -56,6 +59,7 @@ class KVCacheConfig:
     layer_window: int = 0
     logit_soft_cap: float = 0.0
     returns_lse: bool = False
+    trees: bool = False
 
     @property
     def group(self) -> int:
@@ -87,7 +91,8 @@ class KVKernels:
 
     `rope_table` is a PrimFunc (inv_freq f32[r/2], table f32[max_positions, r]) -> fills the cosines
     and sines; the cache hands its result to `split_rotary`. None: `split_rotary` only splits and
-    the attention kernels rotate (the cache's inline rope, which a sliding window needs).
+    the attention kernels rotate (the cache's inline rope, which a sliding window needs). None for
+    `tree_prefill_paged` and `tree_prefill`: the cache refuses token trees.
     """
 
     transpose_append: Any
@@ -96,8 +101,8 @@ class KVKernels:
     decode: Any
     prefill_sliding: Any
     decode_sliding: Any
-    tree_prefill_paged: Any
-    tree_prefill: Any
+    tree_prefill_paged: Any | None
+    tree_prefill: Any | None
     merge_state: Any
     split_rotary: Any
     copy_single_page: Any

@@ -88,6 +88,8 @@ class AttachKVCache:
             return bb.add_func(getattr(k, name), f"kv_cache_{name}")
 
         def attention(name: str) -> Any:
+            if getattr(k, name) is None:
+                return relax.Tuple([])
             return relax.Tuple([tvm.ir.StringImm("tirx"), func(name)])
 
         return [

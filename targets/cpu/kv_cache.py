@@ -53,22 +53,24 @@ def kv_kernels(config: KVCacheConfig, target: Any) -> KVKernels:
     ragged = prefill_kernel(config, tile, paged=False, mask=mask, amx=amx)
     paged = prefill_kernel(config, tile, paged=True, mask=mask, amx=amx)
     decode = decode_kernel(config, tile, sliding)
+    copy_page = pages.copy_single_page(config)
+    trees = config.trees and not sliding  # the runtime has none in a sliding window
     return KVKernels(
         transpose_append=pages.transpose_append(config),
         prefill_ragged=ragged,
         prefill=paged,
         decode=decode,
-        # A cache has one kind of layer, and the runtime refuses trees in a sliding window: slots
-        # that are never called repeat a kernel, which costs nothing.
+        # A cache has one kind of layer, and moves only nodes of trees: slots that are never called
+        # repeat a kernel, which costs nothing.
         prefill_sliding=paged,
         decode_sliding=decode,
-        tree_prefill_paged=paged if sliding else prefill_kernel(config, tile, True, "tree"),
-        tree_prefill=ragged if sliding else prefill_kernel(config, tile, False, "tree"),
+        tree_prefill_paged=prefill_kernel(config, tile, True, "tree") if trees else None,
+        tree_prefill=prefill_kernel(config, tile, False, "tree") if trees else None,
         merge_state=merge_state(config, tile),
         split_rotary=rope.split_rotary(config, tile.lanes, with_table=rotated),
-        copy_single_page=pages.copy_single_page(config),
+        copy_single_page=copy_page,
         debug_get_kv=pages.debug_get_kv(config),
-        compact_copy=pages.compact_copy(config),
+        compact_copy=pages.compact_copy(config) if trees else copy_page,
         rope_table=rope.rope_table(config, tile.lanes) if rotated else None,
     )
 

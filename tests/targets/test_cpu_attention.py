@@ -16,7 +16,7 @@ from .attention_session import AVX2, Session, builtin, check_tree, config, shape
 
 SHAPES = [
     config(heads=(4, 4), dim=8),
-    config(heads=(8, 2), dim=64),
+    config(heads=(8, 2), dim=64, trees=True),
     config(heads=(7, 1), dim=80, rotary=32, rope_attention_factor=1.25),
 ]
 
@@ -160,6 +160,13 @@ def test_tree_attention() -> None:
     committed.histories[0] = np.concatenate([prefix, x[:, [0, 2, 5, 6]]], axis=1)
     committed.check(s0=1)
     committed.check(s0=20)
+
+
+def test_trees_are_refused_where_nobody_asked_for_them() -> None:
+    session = Session(SHAPES[0])
+    session.add(0)
+    with pytest.raises(tvm.error.InternalError, match="tree_mask_. is not defined"):
+        session.run([0], [session.tokens(3)], tree=[-1, 0, 0])
 
 
 @pytest.mark.parametrize("c", [SHAPES[2], SLIDING[1]], ids=["full", "sliding"])

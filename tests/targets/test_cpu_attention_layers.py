@@ -21,8 +21,8 @@ from .attention_session import (
     shape,
 )
 
-SMALL = config(heads=(6, 2), dim=12, layer_window=5)
-CAPPED = config(heads=(3, 1), dim=20, rotary=8, layer_window=33, logit_soft_cap=1.5)
+SMALL = config(heads=(6, 2), dim=12, layer_window=5, trees=True)
+CAPPED = config(heads=(3, 1), dim=20, rotary=8, layer_window=33, logit_soft_cap=1.5, trees=True)
 WINDOWS = [
     SMALL,
     config(heads=(8, 2), dim=64, layer_window=16),

@@ -9,7 +9,7 @@ from qcc.targets.spec import KVCacheConfig
 
 from .attention_session import TOLERANCE, Session, check_tree, config, rotate, shape
 
-CARRIED = config(heads=(8, 2), dim=12, returns_lse=True)
+CARRIED = config(heads=(8, 2), dim=12, returns_lse=True, trees=True)
 FULL_ROW = config(heads=(9, 1), dim=8, layer_window=17, logit_soft_cap=2.0, returns_lse=True)
 CASES = [
     CARRIED,

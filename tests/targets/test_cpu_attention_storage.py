@@ -21,7 +21,7 @@ TILED = [
 KV = ["f32", "f16", "int8"]
 GROUPED = config(heads=(8, 2), dim=64)
 ONE_HEAD = config(heads=(7, 1), dim=80, rotary=32, rope_attention_factor=1.25)
-NO_ROPE = config(dim=8, rotary=0)
+NO_ROPE = config(dim=8, rotary=0, trees=True)
 CASES = {
     "d64": GROUPED,
     "d12-window-cap-lse": config(
