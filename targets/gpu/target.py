@@ -20,7 +20,7 @@ def gpu_target(name: str, description: str, limits: Limits, **others: Any) -> Ta
     def passes(phase: str, target: Any, opt: int) -> Sequence[Any]:
         from qcc.targets.gpu.passes import lowering, scheduling
 
-        return lowering(limits, opt) if phase == "lower" else scheduling(target)
+        return lowering(limits, opt) if phase == "lower" else scheduling(target, limits)
 
     def kv_kernels(config: KVCacheConfig, _target: Any) -> KVKernels:
         from qcc.targets.gpu import kv_cache

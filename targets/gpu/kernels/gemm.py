@@ -57,12 +57,12 @@ class _Gemm:
         count = len(self.fmt.stored(self.n, self.k))
         parts, ends = rest[:count], rest[count:]
         grid = ceil_div(self.outputs, self.columns), ceil_div(self.m, TILE)
+        weights = Weights(self.fmt, self.n, self.k, parts)
         with block(grid[0]) as across, block(grid[1], "y") as down, threads(SIDE**2) as thread:
             # one more a row: threads that store a column each find a bank of their own
             tile_x = shared((self.depth, TILE + 1), self.dtype)
             tile_w = shared((self.depth, TILE), self.dtype)
             acc = registers(EACH * EACH, 0.0)
-            weights = Weights(self.fmt, self.n, self.k, parts)
             first_row = T.bind(down * TILE)
             first = T.bind(across * self.columns)
             tx, ty = T.bind(thread % SIDE), T.bind(thread // SIDE)

@@ -19,15 +19,18 @@ from qcc.quant_schemes.attributes import EXPERT_LINEAR, LINEAR, ROLE
 from qcc.quant_schemes.format import WeightFormat
 from qcc.targets.gpu.kernels.epilogue import Epilogue
 from qcc.targets.gpu.kernels.tir import (
+    VECTOR,
+    as_vectors,
     block,
     ceil_div,
+    elements,
     registers,
     shared,
     threads,
     tree_reduce,
     when,
 )
-from qcc.targets.gpu.kernels.weights import Weights
+from qcc.targets.gpu.kernels.weights import Weights, has_wide_units, sum_of
 from qcc.targets.gpu.limits import Limits
 from qcc.targets.kernel import Arg, kernel
 
@@ -79,8 +82,9 @@ def experts_gemv(
 
     def body(x: Any, *rest: Any) -> None:
         *parts, ids, y = rest
+        source = work.source(x, rows, None, parts)
         with block(tirx.Cast("int32", pairs), "y") as pair:
-            work.emit_row(Row(pair // each, ids[pair] * n, pair), x, None, parts, [y])
+            work.emit_row(Row(pair // each, ids[pair] * n, pair), source, [y])
 
     args: list[Arg] = [("x", (rows, k), dtype)]
     args += [(part.suffix, part.shape, part.dtype) for part in fmt.stored(experts * n, k)]
@@ -95,6 +99,16 @@ class Row:
     x: Any
     first: Any
     y: Any
+
+
+@dataclass(frozen=True)
+class Source:
+    """x, the weight of its norm or None, and W; x and the norm as vectors, or by number."""
+
+    x: Any
+    norm: Any
+    weights: Weights
+    by_vectors: bool
 
 
 class _Gemv:
@@ -117,64 +131,108 @@ class _Gemv:
         self.lanes_inside = layout == "NK"
         # A thread's rows: gate and up of one output, or some that are `rows` apart.
         self.outputs = epilogue.rows(n)
-        self.each = 1 if epilogue.gate else ROWS
+        self.each = ROWS // epilogue.halves
         self.sources = epilogue.halves * self.each
-        self.slots = self.sources + (norm is not None)
 
     def emit(self, x: Any, *rest: Any) -> None:
         """The kernel's statements."""
         given = list(rest)
         weight = given.pop(0) if self.norm else None
         count = len(self.fmt.stored(self.n, self.k))
-        self.emit_row(Row(0, 0, 0), x, weight, given[:count], given[count:])
+        source = self.source(x, 1, weight, given[:count])
+        self.emit_row(Row(0, 0, 0), source, given[count:])
 
-    def emit_row(self, of: Row, x: Any, weight: Any, parts: list[Any], ends: list[Any]) -> None:
-        """What a row of workgroups does; `weight` is that of a norm."""
+    def source(self, x: Any, rows: Any, weight: Any, parts: list[Any]) -> Source:
+        """Emit, outside of every grid, how x [rows, k], a norm's weight and W are read."""
+        weights = Weights(
+            self.fmt, self.stored_rows, self.k, parts, has_wide_units(self.fmt, self.k)
+        )
+        by_vectors = self.k % VECTOR == 0 and weights.columns % VECTOR == 0
+        if by_vectors:
+            x = as_vectors(x, rows * self.k)
+            weight = as_vectors(weight, self.k) if self.norm else None
+        return Source(x, weight, weights, by_vectors)
+
+    def emit_row(self, of: Row, source: Source, ends: list[Any]) -> None:
+        """What a row of workgroups does."""
         span = self.rows * self.each
         with block(ceil_div(self.outputs, span)) as group, threads(self.threads) as thread:
             lane, row = thread % self.lanes, thread // self.lanes
             if not self.lanes_inside:
                 lane, row = thread // self.rows, thread % self.rows
-            sums = [shared((self.rows, self.lanes), "float32") for _ in range(self.slots)]
+            squares = self._squares(of, source, thread) if self.norm else None
+            sums = [shared((self.rows, self.lanes), "float32") for _ in range(self.sources)]
             first = T.bind(group * span + row)
-            acc = registers(self.slots, 0.0)
-            self._accumulate(of, x, weight, parts, first, lane, acc)
-            for slot, memory in enumerate(sums):
-                T.buffer_store(memory, acc[slot], [row, lane])
+            acc = registers(self.sources, 0.0)
+            self._accumulate(of, source, first, lane, acc)
+            for number, memory in enumerate(sums):
+                T.buffer_store(memory, acc[number], [row, lane])
             tree_reduce(sums, lambda i: [row, i], lane, self.lanes)
-            self._write(of, sums, first, row, lane, ends)
+            self._write(of, sums, squares, first, row, lane, ends)
 
-    def _accumulate(
-        self, of: Row, x: Any, weight: Any, parts: list[Any], first: Any, lane: Any, acc: Any
-    ) -> None:
-        weights = Weights(self.fmt, self.stored_rows, self.k, parts)
+    def _accumulate(self, of: Row, source: Source, first: Any, lane: Any, acc: Any) -> None:
+        weights = source.weights
         steps, rest = divmod(weights.units, self.lanes)
         with T.serial(0, steps + (rest > 0)) as step:
             unit = T.bind(step * self.lanes + lane)
 
             def one() -> None:
-                values = self._columns(of, x, weight, unit, weights.columns, acc)
+                values = self._columns(of, source, unit)
                 for i in range(self.sources):
                     product = weights.dot(of.first + self._row(first, i), unit, values)
                     T.buffer_store(acc, acc[i] + product, [i])
 
             when(True if not rest else unit < weights.units, one)
 
-    def _columns(self, of: Row, x: Any, weight: Any, unit: Any, count: int, acc: Any) -> list[Any]:
-        """A unit of x as f32; where there is a norm its squares are added up."""
-        found = []
-        for j in range(count):
-            column = unit * count + j
-            inside = T.min(column, self.k - 1) if self.k % count else column
-            value = T.cast(x[of.x, inside], "float32")
+    def _squares(self, of: Row, source: Source, thread: Any) -> Any:
+        """Memory that begins with the sum of the squares of x, which all threads add up."""
+        width = VECTOR if source.by_vectors else 1
+        own = registers(1, 0.0)
+        with T.serial(0, ceil_div(self.k // width, self.threads)) as step:
+            at = T.bind(step * self.threads + thread)
+
+            def one() -> None:
+                values = self._read(source, source.x, of.x * self.k, at * width, width)
+                total = sum_of([value * value for value in map(T.bind, values)])
+                T.buffer_store(own, own[0] + total, [0])
+
+            when(True if self.k // width % self.threads == 0 else at < self.k // width, one)
+        memory = shared((self.threads,), "float32")
+        T.buffer_store(memory, own[0], [thread])
+        tree_reduce([memory], lambda i: [i], thread, self.threads)
+        return memory
+
+    def _columns(self, of: Row, source: Source, unit: Any) -> list[Any]:
+        """A unit of x as f32, times the weight of the norm."""
+        count = source.weights.columns
+        first = unit * count
+        found = self._read(source, source.x, of.x * self.k, first, count)
+        if self.k % count:
+            found = [
+                T.Select(first + j < self.k, value, T.float32(0)) for j, value in enumerate(found)
+            ]
+        found = [T.bind(value) for value in found]
+        if source.norm is None:
+            return found
+        weight = self._read(source, source.norm, 0, first, count)
+        return [T.bind(a * b) for a, b in zip(found, weight, strict=True)]
+
+    def _read(self, source: Source, data: Any, row: Any, first: Any, count: int) -> list[Any]:
+        """`count` columns from `first` on as f32; past the last column any numbers.
+
+        `row` is where the row starts; a norm's weight has but one.
+        """
+        if not source.by_vectors:
+            columns = [first + j for j in range(count)]
             if self.k % count:
-                value = T.Select(column < self.k, value, T.float32(0))
-            value = T.bind(value)
-            if weight is not None:
-                T.buffer_store(acc, acc[self.sources] + value * value, [self.sources])
-                value = T.bind(value * T.cast(weight[inside], "float32"))
-            found.append(value)
-        return found
+                columns = [T.min(column, self.k - 1) for column in columns]
+            of_row = [row // self.k] if len(data.shape) > 1 else []
+            return [T.cast(data[(*of_row, column)], "float32") for column in columns]
+        starts = [first + j for j in range(0, count, VECTOR)]
+        if self.k % count:
+            starts = [T.min(start, self.k - VECTOR) for start in starts]
+        vectors = [T.bind(data[(row + start) // VECTOR]) for start in starts]
+        return [T.cast(value, "float32") for vector in vectors for value in elements(vector)]
 
     def _row(self, first: Any, i: int) -> Any:
         """A thread's i-th row of W, one that is."""
@@ -185,13 +243,20 @@ class _Gemv:
         return T.bind(row + half * self.outputs)
 
     def _write(
-        self, of: Row, sums: list[Any], first: Any, row: Any, lane: Any, ends: list[Any]
+        self,
+        of: Row,
+        sums: list[Any],
+        squares: Any,
+        first: Any,
+        row: Any,
+        lane: Any,
+        ends: list[Any],
     ) -> None:
-        """One thread writes an output."""
+        """One thread writes an output; `squares` begins with the sum of a norm's."""
         with T.If(lane == 0), T.Then():
             factor = None
             if self.norm is not None:
-                mean = sums[self.sources][row, 0] / T.float32(self.k) + T.float32(self.norm.eps)
+                mean = squares[0] / T.float32(self.k) + T.float32(self.norm.eps)
                 factor = T.bind(T.rsqrt(mean))
             for out in range(self.each):
                 at = T.bind(first + out * self.rows)

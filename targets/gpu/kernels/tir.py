@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tvm import tirx
+from tvm import ir, tirx
 from tvm.tirx.script.builder import ir as T
+
+VECTOR = 4  # numbers that one load of a shader takes
 
 
 def ceil_div(a: Any, b: int) -> Any:
@@ -35,6 +37,24 @@ def registers(count: int, value: float | None = None) -> Any:
 def shared(shape: Sequence[int], dtype: str) -> Any:
     """Memory of a workgroup."""
     return T.alloc_buffer(tuple(shape), dtype, scope="shared", layout=None)
+
+
+def as_vectors(buffer: Any, size: Any) -> Any:
+    """An array argument of `size` numbers as vectors of VECTOR, flat.
+
+    Emit it outside of every grid. All of a kernel's accesses must go through it; the shader's array
+    is then one of vectors.
+    """
+    dtype = f"{buffer.dtype}x{VECTOR}"
+    pointer = tirx.call_intrin(
+        ir.PointerType(ir.PrimType(dtype), "global"), "tirx.reinterpret", buffer.data
+    )
+    return T.decl_buffer((size // VECTOR,), dtype, data=T.bind(pointer))
+
+
+def elements(vector: Any) -> list[Any]:
+    """The numbers of a vector."""
+    return [tirx.Shuffle([vector], [tirx.IntImm("int32", i)]) for i in range(VECTOR)]
 
 
 def when(condition: Any, emit: Callable[[], None]) -> None:

@@ -23,8 +23,8 @@ def lowering(limits: Limits, opt: int) -> list[Any]:
     return [*([LowerLinear(limits)] if opt >= 1 else []), LowerRows(limits), WidenMatmul()]
 
 
-def scheduling(target: Any) -> list[Any]:
+def scheduling(target: Any, limits: Limits) -> list[Any]:
     """The passes of phase `schedule`."""
     from qcc.targets.gpu.passes.schedule import ScheduleKernels
 
-    return [ScheduleKernels(target)]
+    return [ScheduleKernels(target, limits)]

@@ -68,9 +68,16 @@ def multiply_rows(fmt: WeightFormat, n: int, k: int, adapter: str = "lavapipe") 
     close(y, exact, size)
 
 
+@pytest.mark.parametrize("k", [TAILS[1], 352])
 @pytest.mark.parametrize("name", FORMATS)
-def test_gemv_of_every_format(name: str) -> None:
-    multiply_row(FORMATS[name], *TAILS)
+def test_gemv_of_every_format(name: str, k: int) -> None:
+    """By numbers, and by vectors."""
+    multiply_row(FORMATS[name], TAILS[0], k)
+
+
+@pytest.mark.parametrize("name", ["f32", "f16", "5/24"])
+def test_vectors_end_within_a_unit(name: str) -> None:
+    multiply_row(FORMATS[name], TAILS[0], 340)
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -130,9 +137,10 @@ def test_what_follows(name: str, rows: int) -> None:
         close(y, wanted, size)
 
 
+@pytest.mark.parametrize("k", [TAILS[1], 340, 352])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_norm_of_the_row(dtype: str) -> None:
-    fmt, (n, k), eps = q(4, 32), TAILS, 1e-5
+def test_norm_of_the_row(dtype: str, k: int) -> None:
+    fmt, n, eps = q(4, 32), TAILS[0], 1e-5
     x, parts, _, _ = case(fmt, 1, n, k, dtype)
     norm = np.random.default_rng(2).normal(size=k).astype(dtype)
     func = gemv(fmt, n, k, dtype, PLAIN, Norm(eps, dtype), LIMITS)
