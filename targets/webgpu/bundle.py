@@ -112,6 +112,7 @@ def _made_whole(folder: Path, make: Callable[[Path], None]) -> None:
 def _install(pins: bytes, work: Path) -> None:
     (work / "package.json").write_bytes(pins)
     flags = ["--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock", "--prefer-offline"]
+    flags += ["--fetch-retries=1", "--fetch-retry-mintimeout=1000"]  # else a minute without network
     _run(
         [need_program("npm"), "install", *flags],
         work,

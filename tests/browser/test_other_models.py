@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ..embeddings import BERT, TEXTS, save_embedding
+from .conftest import outside_tools
 
 pytestmark = pytest.mark.browser
 
@@ -21,7 +22,6 @@ def packaged(model: Path, folder: Path, **sizes: int) -> Path:
     from qcc.compiler.driver import compile_model
     from qcc.compiler.options import CompileOptions
     from qcc.compiler.sizes import SizeFlags
-    from qcc.runtime.errors import QccError
     from qcc.targets.spec import BuildOptions, PackageOptions
     from qcc.targets.webgpu.package import package_site
 
@@ -29,13 +29,9 @@ def packaged(model: Path, folder: Path, **sizes: int) -> Path:
     options = CompileOptions(
         quant="q4f32_1", targets=("cpu", "webgpu"), sizes=SizeFlags(**sizes), build=build
     )
-    try:
+    with outside_tools():
         compile_model(str(model), folder / "artifact", options)
         package_site(PackageOptions(folder / "artifact", folder / "site"))
-    except QccError as err:
-        if "apt-get install" not in str(err):
-            raise
-        pytest.skip(str(err))
     return folder / "site"
 
 

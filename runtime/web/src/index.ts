@@ -5,7 +5,7 @@ import { Gpu } from "./device";
 import { QccError } from "./errors";
 import { fetchJson, fetchText, fetchWasm } from "./fetching";
 import { Library } from "./library";
-import { checkTensors } from "./metadata";
+import { checkTensors, windowOf } from "./metadata";
 import { LoadedModel } from "./model";
 import { type Json, Tokenizer } from "./tokenizer";
 import { type Shard, loadShards, parseShards } from "./weights";
@@ -40,7 +40,8 @@ export async function load(
     const tokenizer = new Tokenizer(texts);
     library = await Library.open(wasm.buffer, gpu);
     checkTensors(library.metadata, shards);
-    const sizes = windowOf(library.metadata, options.contextWindowSize);
+    const limit = gpu.device.limits.maxStorageBufferBindingSize;
+    const sizes = windowOf(library.metadata, options.contextWindowSize, limit);
 
     // The GPU's compiler works while the weights come, and both end the load where they fail.
     const compiling = library.compileShaders();
@@ -144,27 +145,6 @@ function largestOf(shards: Shard[]): { name: string; nbytes: number } {
     if (size > largest.nbytes) largest = { name, nbytes: size };
   }
   return largest;
-}
-
-/** The context window, and how many tokens the KV cache is made for. */
-function windowOf(
-  metadata: Library["metadata"], wanted: number | undefined,
-): { contextWindowSize: number | undefined; cacheTokens: number } {
-  const { context_window_size: most, sliding_window_size: window } = metadata;
-  if (window > 0) {
-    if (wanted === undefined) return { contextWindowSize: undefined, cacheTokens: window };
-    throw new QccError(
-      `contextWindowSize ${wanted}: this model has a sliding window of ${window} tokens and no ` +
-        "bound on the context; leave the option out",
-    );
-  }
-  const size = wanted ?? most;
-  if (!(Number.isInteger(size) && size >= 1 && size <= most)) {
-    throw new QccError(
-      `contextWindowSize ${wanted}: the library was compiled for 1 to ${most} tokens`,
-    );
-  }
-  return { contextWindowSize: size, cacheTokens: size };
 }
 
 ({ load, QccError }) satisfies typeof api;

@@ -27,6 +27,8 @@ export interface Metadata {
     vocab_size: number;
     hidden_size?: number;
     page_size: number;
+    compute_dtype: string;
+    kv_storages: Record<string, { token_values: number }>;
     states?: unknown[];
     extents?: unknown[];
     slots: { name: string; from: string[]; repack: string | null; setting?: string | null }[];
@@ -72,4 +74,39 @@ export function checkTensors(meta: Metadata, shards: Shard[]): void {
       );
     }
   }
+}
+
+/**
+ * The context window (undefined: a sliding one), and how many tokens the KV cache is made for.
+ * `wanted` undefined: as many as were compiled for and fit; `limit`: the bytes of one buffer, in
+ * which a layer's keys and values lie.
+ */
+export function windowOf(
+  metadata: Metadata, wanted: number | undefined, limit: number,
+): { contextWindowSize: number | undefined; cacheTokens: number } {
+  const { context_window_size: most, sliding_window_size: window, qcc } = metadata;
+  const values = Object.values(qcc.kv_storages)[0]?.token_values ?? 0;
+  const bytes = values * (qcc.compute_dtype === "float32" ? 4 : 2);
+  // The cache adds a page, and with a sliding window two more.
+  const pages = Math.floor(limit / (bytes * PAGE_SIZE)) - (window > 0 ? 3 : 1);
+  const fitting = values ? pages * PAGE_SIZE : Infinity;
+  if (window > 0 && wanted !== undefined) {
+    throw new QccError(
+      `contextWindowSize ${wanted}: this model has a sliding window of ${window} tokens and no ` +
+        "bound on the context; leave the option out",
+    );
+  }
+  const size = window > 0 ? window : (wanted ?? Math.min(most, Math.max(fitting, PAGE_SIZE)));
+  if (window <= 0 && !(Number.isInteger(size) && size >= 1 && size <= most)) {
+    throw new QccError(
+      `contextWindowSize ${wanted}: the library was compiled for 1 to ${most} tokens`,
+    );
+  }
+  if (size > fitting) {
+    throw new QccError(
+      `a KV cache of ${size} tokens is too large for this GPU, one buffer of which holds ` +
+        `${Math.max(fitting, 0)} tokens of a layer; compile with a smaller --context-window`,
+    );
+  }
+  return { contextWindowSize: window > 0 ? undefined : size, cacheTokens: size };
 }

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from qcc.runtime.artifact import Artifact, library_entry, write_manifest
+from qcc.runtime.errors import QccError
 from qcc.runtime.manifest import read_manifest
 
 METADATA = {
@@ -57,10 +58,15 @@ def artifact(tmp_path_factory: pytest.TempPathFactory, bundled: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def npm(cache: Path) -> None:
-    """Skip without node and npm."""
-    for name in ("node", "npm"):
-        if shutil.which(name) is None:
-            pytest.skip(f"needs {name} (Debian: apt-get install nodejs npm)")
+    """The npm packages in the tests' cache; skip without node, npm or a network."""
+    from qcc.targets.webgpu.bundle import bundle
+
+    try:
+        bundle()
+    except QccError as err:
+        if not any(text in str(err) for text in ("apt-get install", "needs the network")):
+            raise
+        pytest.skip(str(err))
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +158,24 @@ def test_a_missing_program(
     ran = cli("package", "web", artifact, "-o", tmp_path / "site")
     assert f"needs {missing}, which is not installed: apt-get install nodejs npm" in ran.error()
     assert not (tmp_path / "site").exists()
+
+
+def test_no_network(
+    cli: Callable[..., Any],
+    artifact: Path,
+    npm: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first time npm needs it; one line, and nothing half installed is kept."""
+    monkeypatch.setenv("QCC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NPM_CONFIG_CACHE", str(tmp_path / "npm"))
+    monkeypatch.setenv("NPM_CONFIG_REGISTRY", "http://127.0.0.1:9/")
+    ran = cli("package", "web", artifact, "-o", tmp_path / "site")
+    assert "npm cannot install the page's packages" in ran.error()
+    assert "needs the network" in ran.error()
+    assert not (tmp_path / "site").exists()
+    assert not any((tmp_path / "cache" / "web").iterdir())
 
 
 def test_folders_that_are_not_ours(

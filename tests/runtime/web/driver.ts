@@ -10,7 +10,7 @@ import { StopStrings } from "../../../runtime/web/src/stop";
 import { ChatTemplate } from "../../../runtime/web/src/template";
 import { Tokenizer } from "../../../runtime/web/src/tokenizer";
 import { embed } from "../../../runtime/web/src/embedding";
-import { checkTensors, parseMetadata } from "../../../runtime/web/src/metadata";
+import { checkTensors, parseMetadata, windowOf } from "../../../runtime/web/src/metadata";
 import { parseShards, tensorBytes } from "../../../runtime/web/src/weights";
 
 type Any = any;
@@ -131,6 +131,15 @@ const questions: Record<string, (argument: Any) => unknown> = {
     cases.map(({ metadata, shards }) =>
       message(() => checkTensors(parseMetadata(JSON.stringify(metadata)), parseShards(shards, "T"))),
     ),
+
+  windows: (cases: Any[]) =>
+    cases.map(({ metadata, wanted, limit }) => {
+      try {
+        return windowOf(metadata, wanted ?? undefined, limit).cacheTokens;
+      } catch (error) {
+        return (error as Error).message;
+      }
+    }),
 
   // A stand-in whose vectors are what it was given: the texts' tokens, padded.
   embeddings: async ({ folder, chat, limits, texts, options }) => {

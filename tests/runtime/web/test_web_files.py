@@ -70,6 +70,32 @@ def test_what_does_not_fit(ask: Ask, library: Any, files: Any, told: str) -> Non
     assert told in found and bool(found) == bool(told)
 
 
+def test_context_windows(ask: Ask) -> None:
+    """What was asked for, what was compiled for, and what a buffer of the GPU holds."""
+    own = {"kv_storages": {"f16": {"token_values": 256}}, "compute_dtype": "float16"}
+    full = {"context_window_size": 4096, "sliding_window_size": -1, "qcc": own}
+    slides = {"context_window_size": -1, "sliding_window_size": 1024, "qcc": own}
+    encoder = {**full, "qcc": {**own, "kv_storages": {}}}
+    page = 16 * 256 * 2  # bytes of a layer's keys and values
+    cases = [
+        (full, None, 2**27, 4096),
+        (full, 100, 2**27, 100),
+        (full, 5000, 2**27, "contextWindowSize 5000: the library was compiled for 1 to 4096"),
+        (full, 0, 2**27, "contextWindowSize 0"),
+        (full, None, 65 * page, 1024),
+        (full, None, 65 * page - 1, 1008),
+        (full, 1025, 65 * page, "one buffer of which holds 1024 tokens"),
+        (full, None, page, "one buffer of which holds 0 tokens"),
+        (slides, None, 67 * page, 1024),
+        (slides, None, 67 * page - 1, "one buffer of which holds 1008 tokens"),
+        (slides, 64, 2**27, "a sliding window of 1024 tokens and no bound"),
+        (encoder, None, 1000, 4096),
+    ]
+    asked = [{"metadata": meta, "wanted": size, "limit": limit} for meta, size, limit, _ in cases]
+    for found, (*_, wanted) in zip(ask("windows", asked), cases, strict=True):
+        assert found == wanted or (isinstance(wanted, str) and wanted in found), (found, wanted)
+
+
 LIMITS = {"window": 12, "chunk": 20, "batch": 3, "dimensions": 12}
 USAGE = {"prompts": {"query": "Find: "}, "default_prompt": None, "lower_case": True}
 
