@@ -95,6 +95,23 @@ def weight_specs(plan: Plan) -> tuple[WeightSpec, ...]:
     )
 
 
+def check_dtypes(plan: Plan, specs: Sequence[WeightSpec], target: TargetSpec) -> None:
+    """Refuse floating dtypes that a target's kernels have not.
+
+    Raises:
+        QccError: names one and what has it.
+    """
+    compute = target.compute_dtype or plan.scheme.dtype
+    found = [(f"the scheme {plan.scheme.name} computes in", compute)]
+    found += [(f"{p.name} is stored in", p.dtype) for spec in specs for p in spec.stored]
+    for what, dtype in found:
+        if dtype in FLOAT_DTYPES and dtype not in target.dtypes:
+            raise QccError(
+                f"--target {target.name}: {what} {dtype}, which its kernels have not; take a "
+                "scheme in float16 or float32, as q4f16_1 or q4f32_1"
+            )
+
+
 def _two_formats(sources: Sequence[SourceTensor], formats: Sequence[WeightFormat]) -> str:
     """Two of the sources, whose formats differ."""
     other = next(i for i, fmt in enumerate(formats) if fmt != formats[0])

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qcc.compiler.build import Plan, build_library, weight_specs
+from qcc.compiler.build import Plan, build_library, check_dtypes, weight_specs
 from qcc.compiler.chat_config import fitting_vocabulary, write_chat_config
 from qcc.compiler.codes import asked_text, check_text, choose_codes
 from qcc.compiler.embedding import embedding_sizes, refuse_text
@@ -68,6 +68,8 @@ def _compile(model: str, out: Path, options: CompileOptions, steps: Steps) -> No
         plan = make_plan(source, options, min(chunks, default=DEFAULT_CHUNK), checkpoint)
         plan = _with_sizes_of(out, plan, options)
         specs = weight_specs(plan)
+        for target in targets:
+            check_dtypes(plan, specs, target)
         ignored = ignored_tensors(plan)
         check_weights(checkpoint, specs, ignored)
         tokens = fitting_vocabulary(source, plan.config).size

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from qcc.quant_schemes.format import FLOAT_DTYPES
 from qcc.runtime.errors import QccError
 
 Tell = Callable[[str], None]  # shows a text while something takes long
@@ -162,6 +163,7 @@ class TargetSpec:
     kernels that no device runs; `needless_passes` names steps of TVM's lowering that cost time and
     change nothing; `packages` makes what others load of an artifact:
     kind, as web -> function, which returns what it made as plain data (`path`, `bytes`, ...);
+    `dtypes` are the floating dtypes that its kernels read and compute in;
     `lacks()` says what must be installed or built before a library is made in a moment, or "".
     """
 
@@ -183,3 +185,4 @@ class TargetSpec:
         default_factory=dict
     )
     lacks: Callable[[], str] = lambda: ""
+    dtypes: tuple[str, ...] = tuple(FLOAT_DTYPES)

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from qcc.compiler.options import CompileOptions
@@ -28,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `compile`; `convert` shares those about the model and its sizes."""
     add_model_arguments(parser)
     parser.add_argument(
-        "--target", default="cpu", metavar="T[,T...]", help="cpu; see qcc list targets"
+        "--target",
+        default="cpu",
+        metavar="T[,T...]",
+        help="cpu, webgpu (browsers), vulkan; a library each (qcc list targets)",
     )
     parser.add_argument(
         "--mcpu",
@@ -44,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--opt",
         default="O2",
-        choices=["O0", "O1", "O2"],
-        help="O0: generic schedules only; O1: our kernels; O2: and fusion",
+        choices=["O0", "O1", "O2", "O3"],
+        help="O0: generic schedules only; O1: our kernels; O2: and fusion; O3: and slow work when "
+        "linking, for a smaller wasm",
     )
     parser.add_argument(
         "--precision",
@@ -169,9 +174,24 @@ def run(args: argparse.Namespace) -> int:
     if args.eval:
         measure(out, args, steps)
     is_embedding = read_manifest(out).get("task") == "embedding"
-    verb = 'embed {} "a text" "another"' if is_embedding else 'generate {} "Once upon a time"'
-    print(f"{out}: run it with `qcc {verb.format(out)}`")
+    for command in _commands(out, targets, is_embedding):
+        print(f"{out}: run it with `qcc {command}`")
     return 0
+
+
+def _commands(out: Path, targets: Sequence[str], is_embedding: bool) -> list[str]:
+    """What runs the libraries that were made."""
+    verb = f'generate {out} "Once upon a time"'
+    if is_embedding:
+        verb = f'embed {out} "a text" "another"'
+    found = []
+    if "cpu" in targets:
+        found.append(verb)
+    elif "vulkan" in targets:
+        found.append(f"{verb} --device vulkan")
+    if "webgpu" in targets:
+        found.append(f"package web {out} -o {out}-web --serve")
+    return found
 
 
 def _check_eval(args: argparse.Namespace) -> None:

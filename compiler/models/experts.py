@@ -150,7 +150,7 @@ def chosen(scores: nn.Tensor, ids: nn.Tensor) -> nn.Tensor:
 
 
 def of_best_groups(choices: nn.Tensor, groups: nn.Tensor, count: int) -> nn.Tensor:
-    """f32[m, experts] as it is in the `count` groups whose scores f32[m, g] are best, else the lowest."""
+    """f32[m, experts]: as it is in the `count` groups of the best scores f32[m, g], else lowest."""
     size = int(choices.shape[1]) // int(groups.shape[1])
 
     def compute(choices: te.Tensor, best: te.Tensor) -> te.Tensor:

@@ -39,6 +39,7 @@ def gpu_target(name: str, description: str, limits: Limits, **others: Any) -> Ta
         default_prefill_chunk=PREFILL_CHUNK,
         passes=passes,
         kv_kernels=kv_kernels,
+        dtypes=("float32", "float16"),
         check=check,
         **others,
     )

@@ -11,6 +11,8 @@ FLAGS: list[tuple[list[object], str]] = [
     (["--quant", "q4f16_11"], "unknown scheme 'q4f16_11' (did you mean 'q4f16_1'?)"),
     (["--quant", "none.yaml"], "cannot read none.yaml: No such file"),
     (["--target", "cpuu"], "did you mean 'cpu'"),
+    (["--target", "webgpu", "--mcpu", "skylake"], "a browser's library has neither"),
+    (["--target", "webgpu", "--quant", "q4bf16_1"], "computes in bfloat16, which its kernels"),
     (["--mcpu", "sapphirerapid"], "close: sapphirerapids"),
     (["--mcpu", "x86-64-v3,sapphirerapid"], "--mcpu 'sapphirerapid' is not a processor"),
     (["--mcpu", ","], "--mcpu: no processor named; native, x86-64-v3, ..."),
