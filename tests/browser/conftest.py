@@ -73,7 +73,7 @@ def page(chromium: Any) -> Iterator[Any]:
     assert not errors
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve() -> Iterator[Callable[[Path], str]]:
     """serve(folder): the URL at which `qcc package web --serve` would serve it."""
     from qcc.compiler.cli._site_server import SiteServer, open_server

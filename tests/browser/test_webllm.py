@@ -12,11 +12,12 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
+
+from .conftest import outside_tools
 
 pytestmark = pytest.mark.browser
 
@@ -82,27 +83,7 @@ class Loaded:
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Callable[[Path], str]]:
-    """served(folder): its URL, of an origin of its own."""
-    from qcc.compiler.cli._site_server import open_server
-
-    running = []
-
-    def start(folder: Path) -> str:
-        server = open_server(folder, 0, default=-1)
-        thread = Thread(target=server.serve)
-        thread.start()
-        running.append((server, thread))
-        return server.url
-
-    yield start
-    for server, thread in running:
-        server.close()
-        thread.join()
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory, served: Callable[[Path], str]) -> str:
+def client(tmp_path_factory: pytest.TempPathFactory, serve: Callable[[Path], str]) -> str:
     """The URL of a page with WebLLM."""
     if not WEBLLM.is_file():
         pytest.skip("needs @mlc-ai/web-llm (npm install --no-package-lock --prefix tests/web)")
@@ -110,7 +91,7 @@ def client(tmp_path_factory: pytest.TempPathFactory, served: Callable[[Path], st
     for name in ("webllm.html", "webllm.mjs"):
         shutil.copy(HERE / name, folder)
     shutil.copy(WEBLLM, folder / "web-llm.js")
-    return f"{served(folder)}webllm.html"
+    return f"{serve(folder)}webllm.html"
 
 
 Open = Callable[..., Loaded]
@@ -120,7 +101,7 @@ Open = Callable[..., Loaded]
 def opened(
     chromium: Any,
     client: str,
-    served: Callable[[Path], str],
+    serve: Callable[[Path], str],
     bundled: Path,
     tmp_path_factory: pytest.TempPathFactory,
     tolerance: float,
@@ -130,7 +111,6 @@ def opened(
     from qcc.compiler.options import CompileOptions
     from qcc.compiler.sizes import SizeFlags
     from qcc.runtime import LLM
-    from qcc.runtime.errors import QccError
     from qcc.targets.spec import BuildOptions, PackageOptions
     from qcc.targets.webgpu.package import package_site
 
@@ -144,13 +124,9 @@ def opened(
             targets=("cpu", "webgpu"),
             build=BuildOptions(precision="high"),
         )
-        try:
+        with outside_tools():
             compile_model(str(bundled), artifact, compiling)
             package_site(PackageOptions(artifact, site))
-        except QccError as err:
-            if "apt-get install" not in str(err):
-                raise
-            pytest.skip(str(err))
         contexts.append(chromium.new_context())
         page = contexts[-1].new_page()
         told: list[str] = []
@@ -160,7 +136,7 @@ def opened(
         )
         page.on("pageerror", lambda error: told.append(str(error)))
         page.goto(client)
-        page.evaluate("([url, options]) => loadEngine(url, options)", [served(site), options])
+        page.evaluate("([url, options]) => loadEngine(url, options)", [serve(site), options])
         llm = LLM(artifact, precision="high", kv="f32")
         return Loaded(page, Reference(llm, tolerance), told)
 
