@@ -106,6 +106,8 @@ def try_target(name: str, triple: str | None) -> tuple[bool, bool, str]:
 
     Returns (builds, runs, note).
     """
+    from qcc.runtime.engine.device import open_device
+    from qcc.runtime.errors import QccError
     from qcc.targets import find_target
     from qcc.targets.spec import BuildOptions
 
@@ -130,6 +132,10 @@ def try_target(name: str, triple: str | None) -> tuple[bool, bool, str]:
             spec.export(relax.build(builder.get(), target), library, options, lambda _: None)
         if triple is not None:
             return True, False, "cross-compiled: copy the artifact there and run it"
+        try:
+            open_device(name)
+        except QccError as err:
+            return True, False, str(err)
         device = tvm.device(target.get_target_device_type(), 0)
         if not device.exist:
             return True, False, f"no {device} device"
