@@ -30,7 +30,7 @@ from qcc.targets.gpu.kernels.tir import (
     tree_reduce,
     when,
 )
-from qcc.targets.gpu.kernels.weights import Weights, has_wide_units, sum_of
+from qcc.targets.gpu.kernels.weights import Weights, has_wide_units, sum_of, units_of_row
 from qcc.targets.gpu.limits import Limits
 from qcc.targets.kernel import Arg, kernel
 
@@ -126,6 +126,8 @@ class _Gemv:
         self.fmt, self.n, self.k, self.epilogue, self.norm = fmt, n, k, epilogue, norm
         layout = "NK" if fmt.is_float else fmt.layout
         self.lanes = LANES[layout]
+        while self.lanes // 2 >= units_of_row(fmt, k):
+            self.lanes //= 2  # a lane without a unit would only wait for the sums
         self.rows = limits.max_threads // self.lanes  # of W side by side
         self.threads = self.rows * self.lanes
         self.lanes_inside = layout == "NK"

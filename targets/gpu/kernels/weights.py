@@ -37,6 +37,11 @@ def has_wide_units(fmt: WeightFormat, k: int) -> bool:
     return isinstance(fmt.group, str) or (fmt.group is not None and fmt.group % WIDE == 0)
 
 
+def units_of_row(fmt: WeightFormat, k: int) -> int:
+    """Wide units of a row of k columns where it is made of such, else narrow ones."""
+    return -(-k // (WIDE if has_wide_units(fmt, k) else unit_columns(fmt)))
+
+
 class Weights:
     """A stored weight in a kernel, read unit by unit."""
 

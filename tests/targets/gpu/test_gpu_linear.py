@@ -75,6 +75,13 @@ def test_gemv_of_every_format(name: str, k: int) -> None:
     multiply_row(FORMATS[name], TAILS[0], k)
 
 
+@pytest.mark.parametrize("k", [32, 64, 256])
+def test_rows_of_few_units(k: int) -> None:
+    """Fewer than the threads that share a longer row."""
+    multiply_row(FORMATS["4/32"], TAILS[0], k)
+    multiply_row(FORMATS["4/32"], 300, k)
+
+
 @pytest.mark.parametrize("name", ["f32", "f16", "5/24"])
 def test_vectors_end_within_a_unit(name: str) -> None:
     multiply_row(FORMATS[name], TAILS[0], 340)
