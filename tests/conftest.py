@@ -25,6 +25,10 @@ TOLERANCE = {"float32": 2e-4}
 # The same library, the same tokens cut another way: only the order of summation differs.
 SAME_LIBRARY = 1e-4
 
+# Threads of torch, before anyone imports it: models are tiny and every processor has a process of
+# the suite's, so that threads which wait for one another took 15 times the processor's time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 LLAMA = {
     "hidden_size": 64,
     "intermediate_size": 172,
