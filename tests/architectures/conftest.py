@@ -34,7 +34,7 @@ def pytest_runtest_makereport(item: Any) -> Generator[None, Any, Any]:
         record = {
             "model": case.model_type,
             "case": case.name,
-            "target": parameters.get("target", "cpu"),
+            "target": item.config.getoption("--target"),
             "check": item.name.partition("[")[0] + parameters.get("scheme", ""),
             "reference": "ours" if getattr(case, "reference", None) else "transformers",
             "passed": report.passed,
@@ -42,6 +42,16 @@ def pytest_runtest_makereport(item: Any) -> Generator[None, Any, Any]:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     return report
+
+
+@pytest.fixture
+def in_f32(pytestconfig: pytest.Config) -> Callable[[str], str]:
+    """in_f32(scheme): the one of the same codes in which --target computes in f32.
+
+    A CPU always does; a GPU computes in the dtype that the scheme has in its name.
+    """
+    cpu = pytestconfig.getoption("--target") == "cpu"
+    return lambda scheme: scheme if cpu else scheme.replace("f16", "f32")
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ Make = Callable[[Path, str], Any]
 
 
 @pytest.fixture(scope="module")
-def embedder(tmp_path_factory: pytest.TempPathFactory) -> Make:
+def embedder(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Make:
     """embedder(folder, scheme): its Embedder; one pass takes two of the longest texts."""
     from qcc.compiler.driver import compile_model
     from qcc.compiler.options import CompileOptions
@@ -103,15 +103,14 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Make:
     from qcc.runtime import Embedder
 
     made: dict[tuple[Path, str], Any] = {}
+    target = pytestconfig.getoption("--target")
 
     def make(folder: Path, quant: str) -> Any:
         if (folder, quant) not in made:
             sizes = SizeFlags(context_window=WINDOW, prefill_chunk=2 * WINDOW)
-            options = CompileOptions(quant=quant, sizes=sizes, task="embedding")
-            out = tmp_path_factory.mktemp("artifact") / quant
-            made[folder, quant] = Embedder(
-                compile_model(str(folder), out, options), precision="high"
-            )
+            options = CompileOptions(quant=quant, sizes=sizes, task="embedding", targets=(target,))
+            out = compile_model(str(folder), tmp_path_factory.mktemp("artifact") / quant, options)
+            made[folder, quant] = Embedder(out, device=target, precision="high")
         return made[folder, quant]
 
     return make
@@ -154,9 +153,10 @@ def test_embeddings(
 @pytest.mark.parametrize("scheme", ["q4f16_1", pytest.param("q8f16_1", marks=pytest.mark.slow)])
 def test_quantized_embeddings(
     case: EmbeddingCase, folder: Path, embedder: Make, tokens: list[list[int]], tolerance: float,
-    scheme: str, tmp_path: Path,
+    scheme: str, tmp_path: Path, in_f32: Callable[[str], str],
 ) -> None:  # fmt: skip
     """Against transformers on the dequantized weights, which differ from the checkpoint's."""
+    scheme = in_f32(scheme)
     runs = embedder(folder, scheme)
     weights = our_weights(runs.artifact.folder, folder, scheme)
     changed = with_weights(folder, weights, tmp_path / "ours")
@@ -173,7 +173,7 @@ def test_embedding_memory_budget(
     runs = embedder(folder, "q0f32")
     found = json.loads(cli("show", runs.artifact.folder, "--json").out)
     (library,) = found["libraries"].values()
-    held = [np.from_dlpack(slot).nbytes for slot in runs.library.params]
+    held = [runs.library.device.array(slot).nbytes for slot in runs.library.params]
     assert library["budget"]["weights"] == sum(held) >= found["stored_bytes"]
     assert library["budget"]["kv_cache"] == library["kv_bytes_per_token"] == 0
     (pass_bytes,) = library["memory_usage"].values()

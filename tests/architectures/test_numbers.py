@@ -78,9 +78,10 @@ def test_batch(case: Case, runs: Runs, original: Original, some_ids: Any, close:
 @pytest.mark.parametrize("scheme", ["q4f16_1", pytest.param("q8f16_1", marks=pytest.mark.slow)])
 def test_quantized(
     case: Case, original: Original, ids: list[int], compiled: Any, close: Close, scheme: str,
-    tolerance: float,
+    tolerance: float, in_f32: Callable[[str], str],
 ) -> None:  # fmt: skip
     """Against the original on the dequantized weights, which differ from the checkpoint's."""
+    scheme = in_f32(scheme)
     runs = Runs(compiled(original.folder, scheme, **case.sizes))
     weights = our_weights(runs.llm.artifact.folder, original.folder, scheme)
     expected = original.with_weights(weights)(ids)
@@ -101,7 +102,7 @@ def test_memory_budget(runs: Runs, original: Original, cli: Any) -> None:
     assert foretold["kv_bytes_per_token"] == library["kv_bytes_per_token"]
     # Behind the slots come tensors without numbers of their own.
     slots = list(runs.model.library.params)[: len(runs.model.library.metadata.slots)]
-    held = [np.from_dlpack(slot).nbytes for slot in slots]
+    held = [runs.model.library.device.array(slot).nbytes for slot in slots]
     assert library["budget"]["weights"] == sum(held) >= foretold["stored_bytes"]
     tokens = foretold["kv_bytes_per_token"] * library["kv_tokens"]
     assert library["budget"]["kv_cache"] >= tokens
