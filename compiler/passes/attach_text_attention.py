@@ -63,12 +63,14 @@ class _Rewrite(PyExprMutator):  # type: ignore[misc]
     def _kernel(self, scale: float) -> Any:
         """The kernel with its scalars fixed."""
         if scale not in self.kernels:
-            params = list(self.kernel.params)[-SCALARS:]
+            # Variables of its own: TVM renames only some of those that two functions share.
+            kernel = tvm.ir.load_json(tvm.ir.save_json(self.kernel))
+            params = list(kernel.params)[-SCALARS:]
             values = (int(self.causal), NO_ROTATION, 1.0, 1.0, scale)
             fixed = {
                 param: tirx.const(value, str(param.ty.dtype))
                 for param, value in zip(params, values, strict=True)
             }
-            func = self.kernel.specialize(fixed)
+            func = kernel.specialize(fixed)
             self.kernels[scale] = self.builder_.add_func(func, "text_attention")
         return self.kernels[scale]
