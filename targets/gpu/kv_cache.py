@@ -30,22 +30,24 @@ def kv_kernels(config: KVCacheConfig, limits: Limits) -> KVKernels:
     mask: Mask = "sliding" if sliding else "plain"
     ragged, paged = (prefill_kernel(plan, where, mask) for where in (False, True))
     decode = decode_kernel(plan, sliding)
+    copy_page = pages.copy_single_page(plan)
+    trees = config.trees and not sliding  # the runtime has none in a sliding window
     return KVKernels(
         transpose_append=pages.transpose_append(plan),
         prefill_ragged=ragged,
         prefill=paged,
         decode=decode,
-        # A cache has one kind of layer, and the runtime refuses trees in a sliding window: slots
-        # that are never called repeat a kernel, which costs nothing.
+        # A cache has one kind of layer, and moves only nodes of trees: slots that are never called
+        # repeat a kernel, which costs nothing.
         prefill_sliding=paged,
         decode_sliding=decode,
-        tree_prefill_paged=paged if sliding else prefill_kernel(plan, True, "tree"),
-        tree_prefill=ragged if sliding else prefill_kernel(plan, False, "tree"),
+        tree_prefill_paged=prefill_kernel(plan, True, "tree") if trees else None,
+        tree_prefill=prefill_kernel(plan, False, "tree") if trees else None,
         merge_state=merge_state(plan),
         split_rotary=rope.split_rotary(plan, with_table=rotated),
-        copy_single_page=pages.copy_single_page(plan),
+        copy_single_page=copy_page,
         debug_get_kv=pages.debug_get_kv(plan),
-        compact_copy=pages.compact_copy(plan),
+        compact_copy=pages.compact_copy(plan) if trees else copy_page,
         rope_table=rope.rope_table(plan) if rotated else None,
     )
 

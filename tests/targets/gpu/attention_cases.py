@@ -31,8 +31,9 @@ LIMITS = Limits()
 
 
 def gpu_config(dtype: str = "float32", max_positions: int = 1024, **shape: Any) -> KVCacheConfig:
-    """As `config`, of a dtype."""
-    return dataclasses.replace(config(**shape), dtype=dtype, max_positions=max_positions)
+    """As `config`, of a dtype, with trees."""
+    wanted = {"dtype": dtype, "max_positions": max_positions, "trees": True}
+    return dataclasses.replace(config(**shape), **wanted)
 
 
 @functools.cache
