@@ -38,7 +38,7 @@ def test_libraries_are_added_with_the_sizes_of_their_folder(checkpoint, tmp_path
     assert manifest(out)["libraries"] == {}
     shard = (out / "params_shard_0.bin").stat().st_mtime_ns
     both = "native,x86-64-v3" if platform.machine() == "x86_64" else "native"
-    compile_model(model, out, CompileOptions(build=BuildOptions(both)))
+    compile_model(model, out, CompileOptions(build=BuildOptions(both, precision="high")))
     libraries = manifest(out)["libraries"]
     assert manifest(out)["sizes"]["context_window_size"] == 64
     assert (out / "params_shard_0.bin").stat().st_mtime_ns == shard
@@ -93,7 +93,21 @@ def test_a_tied_model_saved_by_torch_has_its_lm_head_too(checkpoint, tmp_path):
     assert shards[0] == shards[1]
 
 
-def test_a_checkpoint_is_compiled_into_the_cache_once(checkpoint, tmp_path):
+@pytest.fixture
+def built(monkeypatch):
+    """Libraries are files with a word in them; here is how many were built."""
+    paths = []
+
+    def build_library(_plan, _specs, _spec, _target, path, *_):
+        path.write_text("library")
+        paths.append(path)
+        return {}
+
+    monkeypatch.setattr("qcc.compiler.driver.build_library", build_library)
+    return paths
+
+
+def test_a_checkpoint_is_compiled_into_the_cache_once(checkpoint, tmp_path, built):
     """Until it changes: then its copy in the cache is made anew."""
     folder = tmp_path / "model"
     folder.mkdir()
@@ -105,11 +119,11 @@ def test_a_checkpoint_is_compiled_into_the_cache_once(checkpoint, tmp_path):
     assert (out / "qcc.json").stat().st_mtime_ns == first
     os.utime(folder / "config.json")  # touched, not changed: the checksum is the same
     compile_cached(str(folder))
-    assert (out / "qcc.json").stat().st_mtime_ns == first
+    assert (out / "qcc.json").stat().st_mtime_ns == first and len(built) == 1
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-4}))
     compile_cached(str(folder))
-    assert (out / "qcc.json").stat().st_mtime_ns != first
+    assert (out / "qcc.json").stat().st_mtime_ns != first and len(built) == 2
 
 
 @pytest.mark.parametrize(
@@ -120,7 +134,7 @@ def test_a_checkpoint_is_compiled_into_the_cache_once(checkpoint, tmp_path):
         ("config_sentence_transformers.json", {"prompts": {"query": "Find: "}}),
     ],
 )
-def test_what_makes_a_vector_is_part_of_a_checkpoint(tmp_path, name, change):
+def test_what_makes_a_vector_is_part_of_a_checkpoint(tmp_path, built, name, change):
     """Pooling is in the library, lengths and prompts in the configuration: none may be old."""
     folder = save_embedding(tmp_path / "model", "bert", BERT, "mean")
     out = compile_cached(str(folder))
@@ -131,4 +145,4 @@ def test_what_makes_a_vector_is_part_of_a_checkpoint(tmp_path, name, change):
         compile_model(str(folder), out)
     first = (out / "qcc.json").stat().st_mtime_ns
     assert compile_cached(str(folder)) == out
-    assert (out / "qcc.json").stat().st_mtime_ns != first
+    assert (out / "qcc.json").stat().st_mtime_ns != first and len(built) == 2
