@@ -2,7 +2,11 @@
 
   spec.py   TargetSpec, the questions that the compiler asks of every target
   matching.py  the linear layers and table rows that a lowering looks for, of any target
+  sources.py   the norms and gates around them
+  kernel.py    a PrimFunc written by hand, of any target; attention.py  those that a KV cache calls
   cpu/      LLVM CPU: x86-64 and aarch64
+  gpu/      the kernels that GPU targets share
+  webgpu/   browsers: wasm and WGSL; vulkan/  the same shaders, natively
 
 A target's folder defines one object, TARGET; discovery lists the folders and imports one only when
 it is asked for.

@@ -6,13 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 from qcc.runtime.errors import QccError
+from qcc.targets.attention import Mask
 from qcc.targets.cpu.isa import isa_of
 from qcc.targets.cpu.kernels import attention_pages as pages
 from qcc.targets.cpu.kernels import attention_tiles as tiles
 from qcc.targets.cpu.kernels import rope
 from qcc.targets.cpu.kernels.attention import Tile
 from qcc.targets.cpu.kernels.attention_decode import decode_kernel
-from qcc.targets.cpu.kernels.attention_mask import Mask
 from qcc.targets.cpu.kernels.attention_prefill import prefill_kernel
 from qcc.targets.cpu.kernels.attention_state import merge_state
 from qcc.targets.cpu.kernels.attention_storage import storages

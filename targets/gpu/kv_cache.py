@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from qcc.runtime.errors import QccError
+from qcc.targets.attention import Mask
 from qcc.targets.gpu.kernels import attention_pages as pages
 from qcc.targets.gpu.kernels import attention_rope as rope
 from qcc.targets.gpu.kernels.attention_decode import decode_kernel
 from qcc.targets.gpu.kernels.attention_func import Plan
-from qcc.targets.gpu.kernels.attention_mask import Mask
 from qcc.targets.gpu.kernels.attention_prefill import prefill_kernel
 from qcc.targets.gpu.kernels.attention_state import merge_state
 from qcc.targets.gpu.limits import Limits

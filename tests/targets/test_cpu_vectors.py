@@ -10,8 +10,8 @@ import pytest
 import tvm
 from tvm.tirx.script import builder as T
 
+from qcc.targets.attention import kernel, tensor
 from qcc.targets.cpu.kernels import vectors as vx
-from qcc.targets.cpu.kernels.attention_func import kernel, tensor
 from qcc.targets.cpu.kernels.rope import rope_table
 from qcc.targets.spec import KVCacheConfig
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from qcc.targets.attention import aux_buffer, kernel, rows_of, tensor
 from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.attention import (
     MASKED,
@@ -22,7 +23,6 @@ from qcc.targets.cpu.kernels.attention import (
     emit_carried,
     when,
 )
-from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, rows_of, tensor
 from qcc.targets.cpu.kernels.attention_keys import PagedKeys
 from qcc.targets.cpu.kernels.attention_storage import Storage, by_storage
 from qcc.targets.cpu.kernels.rope import Rotation

@@ -13,9 +13,9 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from qcc.targets.attention import aux_buffer, tensor
 from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.attention import Tile
-from qcc.targets.cpu.kernels.attention_func import aux_buffer, tensor
 from qcc.targets.cpu.kernels.attention_storage import Storage, by_storage
 from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from qcc.targets.attention import Mask, Task, aux_buffer, kernel, rows_of, tensor
 from qcc.targets.cpu.kernels import amx
 from qcc.targets.cpu.kernels import attention_tiles as tiles
 from qcc.targets.cpu.kernels import vectors as vx
@@ -27,9 +28,8 @@ from qcc.targets.cpu.kernels.attention import (
     emit_products,
     when,
 )
-from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, rows_of, tensor
 from qcc.targets.cpu.kernels.attention_keys import PagedKeys, RaggedKeys
-from qcc.targets.cpu.kernels.attention_mask import Mask, RowMask, Task
+from qcc.targets.cpu.kernels.attention_mask import RowMask
 from qcc.targets.cpu.kernels.rope import Rotation
 from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
 

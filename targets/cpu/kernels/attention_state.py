@@ -6,9 +6,9 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from qcc.targets.attention import kernel, rows_of, tensor
 from qcc.targets.cpu.kernels import vectors as vx
 from qcc.targets.cpu.kernels.attention import Tile, emit_carried
-from qcc.targets.cpu.kernels.attention_func import kernel, rows_of, tensor
 from qcc.targets.spec import KVCacheConfig
 
 _PARALLEL_TOKENS = 8  # fewer are not worth waking the threads

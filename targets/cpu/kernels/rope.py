@@ -14,8 +14,8 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from qcc.targets.attention import aux_buffer, kernel, rows_of, tensor
 from qcc.targets.cpu.kernels import vectors as vx
-from qcc.targets.cpu.kernels.attention_func import aux_buffer, kernel, rows_of, tensor
 from qcc.targets.cpu.kernels.attention_storage import Storage, by_storage, emit_row
 from qcc.targets.spec import PAGE_SIZE, KVCacheConfig
 

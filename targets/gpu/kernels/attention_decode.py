@@ -13,10 +13,10 @@ from typing import Any
 from tvm.tirx import truncdiv, truncmod
 from tvm.tirx.script import builder as T
 
+from qcc.targets.attention import aux_buffer, kernel, tensor
 from qcc.targets.gpu.kernels.attention_func import (
     Plan,
     Reg,
-    aux_buffer,
     barrier,
     ceil_div,
     f32,
@@ -24,10 +24,8 @@ from qcc.targets.gpu.kernels.attention_func import (
     grid,
     keep,
     keep_int,
-    kernel,
     shared,
     strided,
-    tensor,
     when,
 )
 from qcc.targets.gpu.kernels.attention_keys import PagedKeys, Sequences

@@ -12,54 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import ir, tirx
-from tvm.script.ir_builder import IRBuilder
+from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from qcc.quant_schemes.attributes import OP_PATTERN, OPAQUE, SCHEDULED
+from qcc.targets.gpu.kernels.tir import VECTOR, as_vectors
 from qcc.targets.gpu.limits import Limits
 from qcc.targets.spec import KVCacheConfig
-
-VECTOR = 4
-_ATTRS = {"tirx.noalias": True, SCHEDULED: True, OP_PATTERN: OPAQUE}
-
-
-class Build:
-    """What `kernel` hands out: `body()` opens the body, `result()` is the PrimFunc afterwards."""
-
-    def __init__(self, ib: Any) -> None:
-        self._ib = ib
-
-    @contextmanager
-    def body(self) -> Iterator[None]:
-        """The root block. Its reads and writes are empty: no pass looks inside an opaque kernel."""
-        with T.sblock("root"):
-            T.reads()
-            T.writes()
-            yield
-
-    def result(self) -> Any:
-        return self._ib.get()
-
-
-@contextmanager
-def kernel(name: str) -> Iterator[Build]:
-    """Build a private PrimFunc: declare the arguments in order, then its body."""
-    with IRBuilder() as ib:
-        with T.prim_func(is_private=True, s_tir=True):
-            T.func_name(name)
-            T.func_attr(_ATTRS)
-            yield Build(ib)
-
-
-def tensor(name: str, shape: Sequence[Any], dtype: str) -> Any:
-    """A compact array argument."""
-    return T.match_buffer(T.arg(name, T.handle()), shape, dtype)
-
-
-def aux_buffer(name: str, shape: Sequence[Any]) -> Any:
-    """An int32 argument that may be a view into a larger array, as the cache's index arrays are."""
-    return T.match_buffer(T.arg(name, T.handle()), shape, "int32", elem_offset=T.int32())
 
 
 @contextmanager
@@ -189,11 +147,7 @@ class Plan:
         """An array argument of `size` numbers as vectors, flat; outside of every grid."""
         if self.lanes == 1:
             return flat(buffer, size)
-        dtype = self.typed(buffer.dtype)
-        pointer = tirx.call_intrin(
-            ir.PointerType(ir.PrimType(dtype), "global"), "tirx.reinterpret", buffer.data
-        )
-        return T.decl_buffer((size // self.lanes,), dtype, data=T.bind(pointer))
+        return as_vectors(buffer, size, self.lanes)
 
     def load(self, buffer: Any, i: Any) -> Any:
         """The i-th vector of an array of vectors or of numbers, as f32."""

@@ -12,15 +12,8 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from qcc.targets.gpu.kernels.attention_func import (
-    Plan,
-    aux_buffer,
-    ceil_div,
-    grid,
-    keep_int,
-    tensor,
-    when,
-)
+from qcc.targets.attention import aux_buffer, tensor
+from qcc.targets.gpu.kernels.attention_func import Plan, ceil_div, grid, keep_int, when
 from qcc.targets.gpu.kernels.attention_pages import Pages
 from qcc.targets.spec import PAGE_SIZE
 

@@ -7,27 +7,14 @@ by positions, which in a tree are not the places of the keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from qcc.targets.gpu.kernels.attention_func import Plan, Reg, aux_buffer, keep_int, shared, when
+from qcc.targets.attention import Mask, Task, aux_buffer
+from qcc.targets.gpu.kernels.attention_func import Plan, Reg, keep_int, shared, when
 from qcc.targets.gpu.kernels.attention_keys import Sequences
 from qcc.targets.gpu.kernels.attention_score import EVERYTHING, ScoreRule
-
-Mask = Literal["plain", "sliding", "tree"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """The sequence of a task: its tokens from q0 on, its keys, and the position of the first."""
-
-    b: Any
-    q0: Any
-    tokens: Any
-    kv_len: Any
-    k_base: Any
 
 
 class RowMask:

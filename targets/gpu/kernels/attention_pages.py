@@ -13,15 +13,8 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
-from qcc.targets.gpu.kernels.attention_func import (
-    Plan,
-    aux_buffer,
-    ceil_div,
-    grid,
-    kernel,
-    tensor,
-    when,
-)
+from qcc.targets.attention import aux_buffer, kernel, tensor
+from qcc.targets.gpu.kernels.attention_func import Plan, ceil_div, grid, when
 from qcc.targets.spec import PAGE_SIZE
 
 

@@ -14,24 +14,22 @@ from typing import Any
 from tvm.tirx import truncdiv, truncmod
 from tvm.tirx.script import builder as T
 
+from qcc.targets.attention import Mask, Task, aux_buffer, kernel, tensor
 from qcc.targets.gpu.kernels.attention_block import Block, Tile
 from qcc.targets.gpu.kernels.attention_func import (
     Plan,
     Reg,
-    aux_buffer,
     barrier,
     ceil_div,
     f32,
     flat,
     grid,
     keep_int,
-    kernel,
     strided,
-    tensor,
     when,
 )
 from qcc.targets.gpu.kernels.attention_keys import PagedKeys, RaggedKeys, Sequences
-from qcc.targets.gpu.kernels.attention_mask import Mask, RowMask, Task
+from qcc.targets.gpu.kernels.attention_mask import RowMask
 from qcc.targets.gpu.kernels.attention_rope import Rotation
 from qcc.targets.gpu.kernels.attention_score import EVERYTHING, ScoreRule, emit_carried
 

@@ -16,18 +16,8 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from qcc.targets.gpu.kernels.attention_func import (
-    Plan,
-    aux_buffer,
-    ceil_div,
-    f32,
-    grid,
-    keep,
-    kernel,
-    shared,
-    tensor,
-    when,
-)
+from qcc.targets.attention import aux_buffer, kernel, tensor
+from qcc.targets.gpu.kernels.attention_func import Plan, ceil_div, f32, grid, keep, shared, when
 
 # sin and cos on [-pi/4, pi/4]: odd and even minimax polynomials (Cephes sinf, cosf).
 _SIN_POLY = (-1.6666654611e-1, 8.3321608736e-3, -1.9515295891e-4)

@@ -6,6 +6,7 @@ from typing import Any
 
 from tvm.tirx.script import builder as T
 
+from qcc.targets.attention import kernel, tensor
 from qcc.targets.gpu.kernels.attention_func import (
     Plan,
     barrier,
@@ -13,10 +14,8 @@ from qcc.targets.gpu.kernels.attention_func import (
     flat,
     grid,
     keep,
-    kernel,
     shared,
     strided,
-    tensor,
     when,
 )
 from qcc.targets.gpu.kernels.attention_score import emit_carried

@@ -39,17 +39,17 @@ def shared(shape: Sequence[int], dtype: str) -> Any:
     return T.alloc_buffer(tuple(shape), dtype, scope="shared", layout=None)
 
 
-def as_vectors(buffer: Any, size: Any) -> Any:
-    """An array argument of `size` numbers as vectors of VECTOR, flat.
+def as_vectors(buffer: Any, size: Any, lanes: int = VECTOR) -> Any:
+    """An array argument of `size` numbers as vectors, flat.
 
     Emit it outside of every grid. All of a kernel's accesses must go through it; the shader's array
     is then one of vectors.
     """
-    dtype = f"{buffer.dtype}x{VECTOR}"
+    dtype = f"{buffer.dtype}x{lanes}"
     pointer = tirx.call_intrin(
         ir.PointerType(ir.PrimType(dtype), "global"), "tirx.reinterpret", buffer.data
     )
-    return T.decl_buffer((size // VECTOR,), dtype, data=T.bind(pointer))
+    return T.decl_buffer((size // lanes,), dtype, data=T.bind(pointer))
 
 
 def elements(vector: Any) -> list[Any]:

@@ -1,10 +1,14 @@
-"""The frame of a hand-written CPU kernel: an opaque s_tir PrimFunc, from Python that emits TIR."""
+"""The frame of the kernels that a KV cache calls, of any target: arguments, PrimFuncs, tasks.
+
+A kernel is a Python function that emits TIR.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
@@ -56,3 +60,17 @@ def aux_buffer(name: str, shape: Sequence[Any]) -> Any:
     """An int32 argument that may be a view into a larger array, as the cache's index arrays are."""
     offset = T.int32()
     return T.match_buffer(T.arg(name, T.handle()), shape, "int32", elem_offset=offset)
+
+
+Mask = Literal["plain", "sliding", "tree"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The sequence of a task: its tokens from q0 on, its keys, and the position of the first."""
+
+    b: Any
+    q0: Any
+    tokens: Any
+    kv_len: Any
+    k_base: Any
