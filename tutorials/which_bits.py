@@ -22,6 +22,7 @@ from qcc.compiler.sizes import SizeFlags
 from qcc.compiler.steps import Steps
 from qcc.runtime.eval.page import write_page
 from qcc.runtime.eval.report import Report
+from qcc.targets.spec import BuildOptions
 from qcc.tutorials.tiny import HELDOUT, MODEL_DIR
 
 # (scheme, method), None: the scheme's own, which needs no text.
@@ -93,8 +94,10 @@ def main() -> None:
 
 def tutorial(model: str, text: Path, out: Path, max_kl: float = 0.02) -> Report:
     """Compile, measure and explain; leaves the artifacts and report.html in `out`."""
-    # 1. qcc compile MODEL --quant SCHEME [--method gptq] --context-window 128 -o OUT/NAME
-    # The short context is for speed; leave the flag out for an artifact that you mean to use.
+    # 1. qcc compile MODEL --quant SCHEME [--method gptq] --context-window 128 --precision high
+    #    -o OUT/NAME
+    # The short context is for speed, and so is a library that computes in float32 only: the weights
+    # alone make the figures. Leave both flags out for an artifact that you mean to use.
     print("1. Compile at several sizes")
     artifacts = []
     for scheme, method in SIZES:
@@ -107,6 +110,7 @@ def tutorial(model: str, text: Path, out: Path, max_kl: float = 0.02) -> Report:
             quant=scheme,
             method=method,
             sizes=SizeFlags(context_window=128, max_batch=1),
+            build=BuildOptions(precision="high"),
             calibration=Calibration("self", CALIBRATION_TOKENS),
             force=True,
         )
