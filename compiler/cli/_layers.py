@@ -156,7 +156,8 @@ def _layer_library(stored: StoredWeights) -> Iterator[CompiledModel]:
                 (folder / path.name).symlink_to(path)
         (folder / "lib").mkdir()
         library = folder / "lib" / "cpu.so"
-        build_library(plan, stored.specs, find_target("cpu"), BuildOptions(), library)
+        build = BuildOptions(precision="high")
+        build_library(plan, stored.specs, find_target("cpu"), build, library)
         manifest = read_manifest(stored.artifact.folder)
         fields = {key: manifest[key] for key in manifest if key not in ("format", "qcc", "tvm")}
         libraries = {"cpu": library_entry(folder, library)}

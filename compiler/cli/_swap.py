@@ -25,6 +25,7 @@ from qcc.runtime.artifact import Artifact
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir
 from qcc.runtime.machine import available_bytes
+from qcc.targets.spec import BuildOptions
 
 if TYPE_CHECKING:
     from qcc.runtime.engine.llm import LLM
@@ -166,6 +167,10 @@ def compiled_float(original: Original, quant: str, steps: Steps | None = None) -
     except QccError:
         pass  # not there, unfinished, or of another version
     options = CompileOptions(
-        quant=quant, force=True, allow_pickle=original.allow_pickle, lora=original.lora
+        quant=quant,
+        build=BuildOptions(precision="high"),  # all that a reference is asked for
+        force=True,
+        allow_pickle=original.allow_pickle,
+        lora=original.lora,
     )
     return compile_model(str(source), out, options, steps)

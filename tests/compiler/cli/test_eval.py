@@ -225,7 +225,8 @@ def test_compile_measures_what_it_made(
     checkpoint: Any, cli: Any, text: Path, tmp_path: Path
 ) -> None:
     out, model = tmp_path / "out", checkpoint("llama")
-    words = ("compile", model, "--quant", "q8f16_1", "--opt", "O1", "-o", out, "--eval")
+    how = ("--quant", "q8f16_1", "--opt", "O1", "--precision", "high")
+    words = ("compile", model, *how, "-o", out, "--eval")
     assert "none.txt: cannot read" in cli(*words, tmp_path / "none.txt").error()
     assert not out.exists(), "the text is looked at first"
     ran = cli(*words, text)
