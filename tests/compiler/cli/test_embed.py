@@ -144,7 +144,8 @@ def test_errors(cli: Any, folder: Path, tmp_path: Path, checkpoint: Any, compile
 
 def test_what_compile_and_show_say(cli: Any, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    ran = cli("compile", source, "--quant", "q4f16_1", "--context-window", "32", "-o", out)
+    how = ("--quant", "q4f16_1", "--context-window", "32", "--precision", "high")
+    ran = cli("compile", source, *how, "-o", out)
     assert ran.out == f'{out}: run it with `qcc embed {out} "a text" "another"`\n'
     shown = cli("show", out).out
     assert "embedding" in shown and "encode" in shown and "KV cache" not in shown
@@ -197,7 +198,8 @@ def test_what_eval_refuses(
 def test_compile_measures(cli: Any, source: Path, tmp_path: Path) -> None:
     lines, out = tmp_path / "lines.txt", tmp_path / "out"
     lines.write_text("a cat\na dog\n", encoding="utf-8")
-    ran = cli("compile", source, "--quant", "q4f16_1", "--eval", lines, "-o", out)
+    how = ("--quant", "q4f16_1", "--precision", "high")
+    ran = cli("compile", source, *how, "--eval", lines, "-o", out)
     assert ran.status == 0 and "q4f16_1: cosine with the original 0.9" in ran.out
     words = ("compile", source, "--eval", lines, "--lora", tmp_path, "-o", tmp_path / "none")
     assert "--eval of an embedding model with --lora is not implemented" in cli(*words).error()
