@@ -1,6 +1,7 @@
 """Render the README's table of architectures from what the tests recorded.
 
     QCC_ARCHITECTURE_RESULTS=/tmp/results.jsonl pytest tests/architectures
+    QCC_ARCHITECTURE_RESULTS=/tmp/results.jsonl pytest tests/architectures --target vulkan
     python tests/architectures/table.py /tmp/results.jsonl
 
 Each line of the file is the outcome of one check: {"model", "case", "target", "check", "reference",
