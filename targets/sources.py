@@ -7,6 +7,7 @@ may compute from.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import relax as rx
@@ -31,8 +32,18 @@ def match_norm(bindings: Bindings, x: Any) -> tuple[Any, Any, float] | None:
     return data, weight, float(value.attrs.epsilon)
 
 
-def match_gate(bindings: Bindings, value: Any) -> tuple[str, Any, list[Any]] | None:
-    """(activation, both, the variables between) of act(first half of both) * second half."""
+@dataclass(frozen=True)
+class Gate:
+    """act(first half) * second half: `both` halves, the `pair` of them, the variables after it."""
+
+    activation: str
+    both: Any
+    pair: Any
+    after: tuple[Any, ...]
+
+
+def match_gate(bindings: Bindings, value: Any) -> Gate | None:
+    """The gate that an expression is; else None."""
     if not is_op(value, "relax.multiply"):
         return None
     gate_var, up_var = value.args
@@ -40,10 +51,12 @@ def match_gate(bindings: Bindings, value: Any) -> tuple[str, Any, list[Any]] | N
     gate, up = bindings.get(gate_var), bindings.get(up_var)
     for name, activation in ACTIVATIONS.items():
         if is_op(gate, name):
-            first = gate.args[0]
-            halves: Any = _halves(bindings, bindings.get(first), up)
+            first_var = gate.args[0]
+            first: Any = bindings.get(first_var)
+            halves: Any = _halves(bindings, first, up)
             if halves is not None:
-                return activation, halves.args[0], [gate_var, up_var, first]
+                after = gate_var, up_var, first_var
+                return Gate(activation, halves.args[0], first.tuple_value, after)
     return None
 
 

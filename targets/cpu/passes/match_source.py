@@ -17,8 +17,7 @@ def match_source(bindings: Bindings, x: Any, k: int) -> tuple[RowSource, list[An
         return (Normed(k, eps), [data, weight]) if _is_f32(data) and _is_f32(weight) else None
     gate = match_gate(bindings, bindings.get(x))
     if gate is not None:
-        activation, both, _ = gate
-        return (Gated(k, activation), [both]) if _is_f32(both) else None
+        return (Gated(k, gate.activation), [gate.both]) if _is_f32(gate.both) else None
     return None
 
 

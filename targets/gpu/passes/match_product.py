@@ -109,16 +109,15 @@ class Products:
 
     def _gate(self, value: Any) -> Product | None:
         match = match_gate(self.bindings, value)
-        if match is None:
+        if match is None or len(self.uses[match.pair]) != 2:
             return None
-        activation, both, between = match
-        if any(len(self.uses[var]) != 1 for var in between):
+        if any(len(self.uses[var]) != 1 for var in match.after):
             return None
-        found = self._only_here(both)
+        found = self._only_here(match.both)
         if found is None or found.gate or found.summands:
             return None
-        absorbed = (*found.absorbed, *between)
-        return replace(found, gate=activation, ty=value.ty, absorbed=absorbed)
+        absorbed = (*found.absorbed, match.pair, *match.after)
+        return replace(found, gate=match.activation, ty=value.ty, absorbed=absorbed)
 
     def _norms(self) -> dict[Any, NormedRow]:
         """The norms of single rows that only products use."""
