@@ -12,6 +12,7 @@ names that lead out of the folder are refused.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -287,3 +288,21 @@ def _check_size(path: Path, nbytes: int) -> None:
         raise QccError(
             f"{path}: has {size} bytes, recorded are {nbytes}; copy it again or {RECOMPILE}"
         )
+
+
+def stored_metadata(library: Path) -> str:
+    """The JSON text that `_metadata()` of a library returns, read from the file without running it.
+
+    It lies among the executable's constants, whatever machine the library is for.
+
+    Raises:
+        QccError: there is none.
+    """
+    with os_errors(library, "read"):
+        data = library.read_bytes()
+    text = data[max(data.find(b'{"model_type": '), 0) :].decode("utf-8", errors="replace")
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except ValueError as err:
+        raise QccError(f"{library}: has no metadata; {RECOMPILE}") from err
+    return text[:end]

@@ -24,6 +24,9 @@ def cpu_flags() -> set[str]:
     return set()
 
 
+BROWSER = "wasm32"  # the machine of libraries that a browser runs
+
+
 def missing(requires: Mapping[str, Any]) -> list[str]:
     """What a library needs and this machine lacks: {"machine": "x86_64", "flags": [...]}."""
     here = platform.machine().lower()

@@ -44,15 +44,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _artifact(folder: Path) -> dict[str, Any]:
-    """Facts of an artifact: each library is loaded and asked; where that fails, `note` says why."""
-    from qcc.runtime.artifact import Artifact
-    from qcc.runtime.engine.library import Library
+    """Facts of an artifact: of each library those that it holds, and in `note` what it needs."""
+    from qcc.runtime.artifact import Artifact, stored_metadata
     from qcc.runtime.engine.memory import report
+    from qcc.runtime.engine.metadata import Metadata
     from qcc.runtime.errors import QccError
-    from qcc.runtime.machine import missing
+    from qcc.runtime.machine import BROWSER, missing
 
     artifact = Artifact.open(folder)
-    artifact.verify()  # loading a library runs its code
+    artifact.verify()
     manifest = artifact.manifest
     libraries: dict[str, dict[str, Any]] = {}
     taken = _taken(artifact)
@@ -64,12 +64,16 @@ def _artifact(folder: Path) -> dict[str, Any]:
             "default": folder / entry.file in taken,
         }
         lacking = ", ".join(missing(entry.requires))
-        if lacking:
+        if entry.requires.get("machine") == BROWSER:
+            needs = "".join(f", {name}" for name in entry.requires.get("features", ()))
+            facts["note"] = f"for browsers with WebGPU{needs}: qcc package web makes a page of it"
+        elif lacking:
             facts["note"] = f"this machine lacks {lacking}"
+        path = folder / entry.file
         try:
-            facts |= report(Library(folder / entry.file).metadata)
+            facts |= report(Metadata.parse(stored_metadata(path), str(path)))
         except QccError as err:
-            # One of another machine cannot be asked here; the rest of the folder can be shown.
+            # Of another version of qcc, maybe; the rest of the folder can be shown.
             facts.setdefault("note", str(err))
     weights = sum(record.nbytes for record in artifact.records.values())
     return {

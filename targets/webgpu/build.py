@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qcc.runtime.errors import QccError
+from qcc.runtime.machine import BROWSER
 from qcc.targets.spec import BuildOptions, Tell
 
 HOST = {
@@ -33,7 +34,7 @@ def resolve(options: BuildOptions) -> tuple[Any, str]:
 
 def requires(_target: Any) -> dict[str, Any]:
     """No machine of Linux's names runs it."""
-    return {"machine": "wasm32", "flags": []}
+    return {"machine": BROWSER, "flags": []}
 
 
 def export(executable: Any, path: Path, options: BuildOptions, tell: Tell) -> Mapping[str, Any]:

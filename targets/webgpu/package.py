@@ -21,7 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qcc.runtime.artifact import CHAT_CONFIG, TENSOR_CACHE, Artifact, tensor_bytes
+from qcc.runtime.artifact import (
+    CHAT_CONFIG,
+    TENSOR_CACHE,
+    Artifact,
+    stored_metadata,
+    tensor_bytes,
+)
 from qcc.runtime.errors import QccError
 from qcc.runtime.files import os_errors, remove_stale, temporary_name
 from qcc.targets.spec import PackageOptions
@@ -84,26 +90,9 @@ def model_record(artifact: Artifact, library: Path, name: str) -> dict[str, Any]
         "model_id": name,
         "model_lib": f"{folder}/resolve/main/{library.name}",
         "required_features": sorted(requires.get("features", ())),
-        "vram_required_MB": round(_gpu_bytes(library_metadata(library)) / _MIB, 1),
+        "vram_required_MB": round(_gpu_bytes(json.loads(stored_metadata(library))) / _MIB, 1),
         "qcc": {"files": [path.name for path in _texts(artifact)], "weight_bytes": weights},
     }
-
-
-def library_metadata(library: Path) -> dict[str, Any]:
-    """What `_metadata()` of a wasm returns: it lies as text among the executable's constants.
-
-    Raises:
-        QccError: there is none.
-    """
-    with os_errors(library, "read"):
-        data = library.read_bytes()
-    start = data.find(b'{"model_type": ')
-    if start < 0:
-        raise QccError(f"{library}: has no metadata; compile the model again with qcc compile")
-    text = data[start:].decode("utf-8", errors="replace")
-    found: dict[str, Any]
-    found, _ = json.JSONDecoder().raw_decode(text)
-    return found
 
 
 def _gpu_bytes(meta: Mapping[str, Any]) -> int:

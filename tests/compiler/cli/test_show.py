@@ -1,4 +1,4 @@
-"""qcc show: checksums before code, libraries of other machines, folders that are not there."""
+"""qcc show: checksums first, libraries of other machines, folders that are not there."""
 
 from __future__ import annotations
 
@@ -35,15 +35,7 @@ def add_library(folder: Path, code: bytes, **requires: Any) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
 
 
-def test_a_damaged_library_is_never_loaded(
-    artifact: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from qcc.runtime.engine import library
-
-    def load(_path: Path) -> None:
-        pytest.fail("its code would have run")
-
-    monkeypatch.setattr(library, "Library", load)
+def test_a_damaged_library_is_refused(artifact: Path, cli: Any) -> None:
     path = next(artifact.glob("lib/*.so"))
     code = bytearray(path.read_bytes())
     code[len(code) // 2] ^= 1
@@ -80,11 +72,20 @@ def test_the_cache_of_each_storage(artifact: Path, cli: Any) -> None:
     assert f"with --kv int8 {caches['int8'] / 1e6:14,.1f} MB" in cli("show", artifact).out
 
 
-def test_a_library_that_does_not_load_is_noted(artifact: Path, cli: Any) -> None:
+def test_a_library_without_metadata_is_noted(artifact: Path, cli: Any) -> None:
     add_library(artifact, b"no code")
     ran = cli("show", artifact)
     assert ran.status == 0, ran.err
-    assert f"note: {artifact}/lib/cpu-other.so: does not load (" in ran.out
+    assert f"note: {artifact}/lib/cpu-other.so: has no metadata; " in ran.out
+
+
+def test_a_library_of_another_machine_tells_what_it_needs(artifact: Path, cli: Any) -> None:
+    """Of a browser's here; it is read, not run."""
+    (cpu,) = (artifact / "lib").glob("*.so")
+    add_library(artifact, cpu.read_bytes(), machine="wasm32", features=["shader-f16"])
+    other = json.loads(cli("show", "--json", artifact).out)["libraries"]["cpu-other"]
+    assert other["note"].startswith("for browsers with WebGPU, shader-f16: qcc package web")
+    assert other["budget"]["weights"] > 0
 
 
 def test_what_is_no_folder_is_taken_for_a_checkpoint(cli: Any, tmp_path: Path) -> None:
