@@ -28,7 +28,7 @@ from qcc.runtime.errors import QccError
 from qcc.runtime.files import cache_dir as cache_dir
 from qcc.runtime.files import checksum, os_errors, read_json
 from qcc.runtime.files import write_file as write_file
-from qcc.runtime.machine import missing
+from qcc.runtime.machine import BROWSER, missing
 from qcc.runtime.manifest import MALFORMED, RECOMPILE, Manifest, parse_manifest, what
 from qcc.runtime.manifest import QCC_JSON as QCC_JSON
 from qcc.runtime.manifest import check_versions as check_versions
@@ -131,10 +131,16 @@ class Artifact:
         found = self.libraries(target)
         if not found:
             names = ", ".join(self.manifest.libraries) or "none"
+            others = {
+                name.split("-")[0]
+                for name, library in self.manifest.libraries.items()
+                if library.requires.get("machine") != BROWSER
+            }
+            run = "".join(f"run it with --device {other}, or " for other in sorted(others))
             kind, _, processor = target.partition("-")
             flags = f"--target {kind}" + (f" --mcpu {processor}" if processor else "")
             raise QccError(
-                f"{self.folder}: no library for {target!r}; it has: {names}; add one with "
+                f"{self.folder}: no library for {target!r}; it has: {names}; {run}add one with "
                 f"qcc compile {flags} -o {self.folder}"
             )
         lacks = {name: missing(self.manifest.libraries[name].requires) for name in found}
