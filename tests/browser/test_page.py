@@ -182,14 +182,20 @@ def test_a_load_that_fails(visit: Open) -> None:
     page.wait_for_selector("#loading:not([hidden]), #failure:not([hidden])")
 
 
+# All at one moment: the next part may come before the next question.
+LOADING_AT_A_THIRD = """() => {
+    const [note, text, bar] = ["note", "text", "bar"].map(
+        (name) => document.querySelector(`#loading-${name}`));
+    return note.innerText.includes("11 MB of") &&
+        [note.innerText, text.innerText, bar.value / bar.max];
+}"""
+
+
 def test_progress(visit: Open) -> None:
     """Bytes while they come; weights from the browser's cache are called so."""
     page = visit(shows="#loading", pause=150, steps=6)
-    page.wait_for_function("document.querySelector('#loading-note').innerText.includes('11 MB of')")
-    assert page.locator("#loading-note").inner_text() == "11 MB of 33 MB"
-    assert page.locator("#loading-text").inner_text() == "Fetching the model"
-    bar = page.locator("#loading-bar")
-    assert bar.evaluate("e => e.value / e.max") == pytest.approx(1 / 3)
+    shown = page.wait_for_function(LOADING_AT_A_THIRD).json_value()
+    assert shown == ["11 MB of 33 MB", "Fetching the model", pytest.approx(1 / 3)]
     page = visit(shows="#loading", pause=150, steps=6, cached=1)
     page.wait_for_function("document.querySelector('#loading-note').innerText.includes('11 MB of')")
     assert page.locator("#loading-text").inner_text() == "Reading the model from this browser"

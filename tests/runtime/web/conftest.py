@@ -30,7 +30,8 @@ def web_modules() -> Path:
 def driver(web_modules: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """driver.ts and the library's sources as one file for node."""
     out = tmp_path_factory.mktemp("driver") / "driver.mjs"
-    command = ["node", web_modules / "esbuild" / "bin" / "esbuild"]
+    # a script of node, or where npm runs install scripts the program itself
+    command = [web_modules / "esbuild" / "bin" / "esbuild"]
     command += [Path(__file__).with_name("driver.ts"), f"--outfile={out}", "--bundle"]
     command += ["--format=esm", "--platform=node", "--log-level=warning", "--tsconfig-raw={}"]
     env = {"NODE_PATH": str(web_modules), "PATH": str(Path(shutil.which("node") or "").parent)}

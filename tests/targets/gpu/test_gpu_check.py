@@ -52,7 +52,7 @@ def test_what_is_beyond_is_named(change: dict[str, object], said: str) -> None:
 def test_too_many_workgroups() -> None:
     """Rows known when compiling, and rows bounded by a function's extents."""
     plain, limits = Epilogue("float32"), Limits()
-    wide = gemv(FORMAT, 4_000_000, 64, "float32", plain, None, limits)
+    wide = gemv(FORMAT, 4_000_000, 4096, "float32", plain, None, limits)
     with pytest.raises(QccError, match="kernel lm_head: 125000 workgroups in a dimension"):
         check_grids(tvm.IRModule({"lm_head": wide}), limits)
     rows = gemm(FORMAT, 64, 64, "float32", plain, limits)
