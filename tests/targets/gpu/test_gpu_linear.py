@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_rows_of_few_units(k: int) -> None:
     """Fewer than the threads that share a longer row."""
     multiply_row(FORMATS["4/32"], TAILS[0], k)
     multiply_row(FORMATS["4/32"], 300, k)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_gemv_in_the_browsers_compiler(name: str) -> None:
+    """Dawn's, where a shader needs no f16."""
+    fmt = FORMATS[name]
+    if not fmt.is_float:
+        fmt = replace(fmt, dtype="float32")
+    multiply_row(fmt if fmt.dtype == "float32" else float_format("float32"), 40, 352, "dawn")
 
 
 @pytest.mark.parametrize("name", ["f32", "f16", "5/24"])
